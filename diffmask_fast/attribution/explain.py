@@ -1,0 +1,130 @@
+"""Ask a trained probe about texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffmask_fast.attribution.result import KEPT_ABOVE, Attributions
+from diffmask_fast.data import Examples, encode
+from diffmask_fast.masking import frozen, keep_probabilities, masked_run
+from diffmask_fast.predictions import answers, kl_divergence, log_probabilities, prediction_kind
+from diffmask_fast.probes import Probe
+from diffmask_fast.progress import progress
+from diffmask_fast.sites import Patched, patch
+
+
+@torch.no_grad()
+def explain(
+    model: nn.Module,
+    probe: Probe,
+    texts: Examples | Sequence[str | tuple[str, str]],
+    tokenizer: Any = None,
+    *,
+    batch_size: int = 16,
+    meta: dict[str, Any] | None = None,
+    show_progress: bool = False,
+) -> Attributions:
+    """At which site does the model know that it can do without a token?
+
+    Args:
+        model: the trained model that the probe was trained on; it is left as it was.
+        probe: a trained probe, see `load_probe`.
+        texts: texts, pairs such as (question, passage), or encoded `Examples`.
+        tokenizer: the model's Hugging Face tokenizer; not needed for `Examples`.
+        batch_size: texts a pass; texts of similar length go together. It does not change the result.
+        meta: what to keep with the result (names, versions, seed).
+        show_progress: show a bar with the time left.
+
+    Returns:
+        `Attributions`: P(keep) per token and site, and per site the prediction that the model makes with only the tokens
+        whose P(keep) exceeds 0.5, with its divergence from the original one.
+
+    Raises:
+        TypeError, ValueError: texts that are empty, too long or of the wrong kind; a probe that does not fit the model;
+            NaN in the model's states.
+
+    Example:
+        >>> result = explain(model, load_probe("run/probe"), ["a fine film"], tokenizer)
+        >>> result[0].tokens, result[0].keep  # (T, sites)
+    """
+    if not isinstance(texts, Examples):
+        if tokenizer is None:
+            raise TypeError("tokenizer is missing: give the model's tokenizer, or texts as encoded Examples")
+        texts = encode(tokenizer, [texts] if isinstance(texts, str) else texts, model)
+    with frozen(model), patch(model) as patched:
+        check_fit(patched, probe)
+        rows: list[dict[str, Any]] = [{} for _ in range(len(texts))]
+        batches = texts.batches(batch_size)
+        for batch in progress(batches, "explain", show_progress):
+            for i, row in zip(batch, explain_batch(patched, probe, texts, batch), strict=True):
+                rows[i] = row
+    return Attributions(
+        tokens=texts.tokens,
+        site_names=tuple(site.name for site in patched.sites),
+        keep=torch.cat([row["keep"] for row in rows]),
+        segments=torch.tensor([kind for text in texts.segments for kind in text], dtype=torch.int8),
+        divergence=torch.stack([row["divergence"] for row in rows]),
+        original=[row["original"] for row in rows],
+        masked=[row["masked"] for row in rows],
+        kept_prediction=torch.stack([row["kept_prediction"] for row in rows]),
+        masking=probe.masking,
+        meta=meta or {},
+    )
+
+
+def check_fit(patched: Patched, probe: Probe) -> None:
+    """Refuse a probe that was made for another number of sites; the width is checked where the states are read."""
+    if probe.num_sites != len(patched.sites):
+        raise ValueError(
+            f"the probe has {probe.num_sites} sites and the model {len(patched.sites)}: use the model that it was "
+            "trained on"
+        )
+
+
+def explain_batch(patched: Patched, probe: Probe, texts: Examples, batch: list[int]) -> list[dict[str, Any]]:
+    """The rows of `Attributions` for the examples numbered in `batch`."""
+    device = next(probe.parameters()).device
+    inputs = {name: value.to(device) for name, value in texts.collate([texts[i] for i in batch]).items()}
+    output, states = patched.run(inputs, capture=range(probe.num_sites))
+    for site, state in states.items():
+        check_finite(state, f"the model's state at site {site} ({patched.sites[site].name})")
+    real = inputs["attention_mask"]
+    kind = prediction_kind(output)
+    second = [[segment == 2 for segment in texts.segments[i]] for i in batch]
+    allowed = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in second], batch_first=True).to(
+        device
+    )
+    original = log_probabilities(output, kind, real)
+    predicted = answers(original, allowed)
+    keep = keep_probabilities(probe, states)
+    divergence, masked = [], []
+    for site in range(probe.num_sites):
+        gates = (keep[..., site] > KEPT_ABOVE).float()
+        tables = log_probabilities(masked_run(patched, inputs, probe, states, site, gates), kind, real)
+        divergence.append(kl_divergence(original, tables).clamp(min=0))
+        masked.append(answers(tables, allowed))
+    divergences, answered = torch.stack(divergence, -1).cpu(), torch.stack(masked, 1).cpu()
+    keep, predicted = keep.float().cpu(), predicted.cpu()
+    kept = (answered == predicted.unsqueeze(1)).all(-1)
+    return [
+        {
+            "keep": keep[row, : len(texts.tokens[i])],
+            "divergence": divergences[row],
+            "original": texts.describe(i, predicted[row].tolist()),
+            "masked": [texts.describe(i, answer) for answer in answered[row].tolist()],
+            "kept_prediction": kept[row],
+        }
+        for row, i in enumerate(batch)
+    ]
+
+
+def check_finite(value: Tensor, what: str) -> None:
+    """One clear error for NaN and infinities."""
+    if not torch.isfinite(value).all():
+        raise ValueError(
+            f"{what} holds NaN or infinity: the model's weights or inputs are broken, nothing can be explained"
+        )

@@ -1,0 +1,63 @@
+"""Running a patched model with some of its states replaced by the baseline: the step that everything shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffmask_fast.ops.reference import log_open
+from diffmask_fast.probes import Probe
+from diffmask_fast.sites import Patched
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode and without parameter gradients; afterwards as it was, flag by flag."""
+    training = {module: module.training for module in model.modules()}
+    needs_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield model
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in needs_grad.items():
+            parameter.requires_grad_(flag)
+
+
+def keep_probabilities(probe: Probe, states: Mapping[int, Tensor]) -> Tensor:
+    """P(z != 0) of every token at every site: (B, T, sites), float32, no sampling.
+
+    For input masking the gates of a site multiply those of the sites below it, so values never rise with depth
+    (De Cao et al. 2020, section 2.2).
+    """
+    if probe.masking == "input":
+        return log_open(probe.logits(states, probe.num_sites - 1)).cumsum(-1).exp()
+    return torch.cat([log_open(probe.logits(states, site)).exp() for site in range(probe.num_sites)], dim=-1)
+
+
+def masked_run(
+    patched: Patched, inputs: Mapping[str, Any], probe: Probe, states: Mapping[int, Tensor], site: int, gates: Tensor
+) -> Any:
+    """The model's output when the state that `site` governs is mixed with the baseline.
+
+    Args:
+        patched: the handle of the model.
+        inputs: keyword arguments of the model.
+        probe: whose baseline replaces what is dropped.
+        states: captured states; the one at `probe.target(site)` is used.
+        site: the deepest site that the probe looked at.
+        gates: (B, T) in [0, 1].
+    """
+    target = probe.target(site)
+    state = states[target]
+    baseline = probe.baseline(site).to(state.dtype)
+    gates = gates.unsqueeze(-1).to(state.dtype)
+    # torch.where would cut the gradient of soft gates; where every gate is 0 or 1 the two are the same bits
+    mixed = gates * state + (1 - gates) * baseline
+    return patched.run(inputs, resume=(target, mixed)).output

@@ -1,0 +1,89 @@
+"""Which implementation runs `gate_mix`: the table, what works here, and the choice.
+
+A backend is a module with ``unavailable() -> str | None``, ``gate_mix_forward`` and ``gate_mix_backward`` (signatures
+in ``reference``). It is imported when it is first considered.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+ENVIRONMENT = "DIFFMASK_FAST_BACKEND"
+
+
+class Backend(NamedTuple):
+    module: str
+    device: str | None
+    dtypes: tuple[torch.dtype, ...] | None
+    """Device type and dtypes of the states that it takes; None: any."""
+
+
+BACKENDS = {
+    "reference": Backend("diffmask_fast.ops.reference", None, None),
+    "cpu": Backend("diffmask_fast.ops.cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16)),
+}
+
+
+def available() -> dict[str, str | None]:
+    """For each backend the reason why it can't run on this machine, or None where it can."""
+    return {name: load(name).unavailable() for name in BACKENDS}
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    return importlib.import_module(BACKENDS[name].module)
+
+
+# Dynamo then takes the answer into the graph as a constant instead of tracing how it is found.
+@torch.compiler.assume_constant_result
+def choose(name: str, device: str, dtype: torch.dtype) -> str:
+    """The name of the backend for states of a device type and dtype.
+
+    ``"auto"`` is what the environment variable DIFFMASK_FAST_BACKEND names, or else the backend made for the device,
+    or else the reference. Raises ValueError for an unknown name, and RuntimeError with the reason where a backend asked
+    for by name can't run.
+    """
+    asked_by = "backend="
+    if name == "auto":
+        asked_by = f"{ENVIRONMENT}="
+        name = os.environ.get(ENVIRONMENT) or "auto"
+    if name == "auto":
+        return _automatic(device, dtype)
+    if name not in BACKENDS:
+        raise ValueError(f"{asked_by}{name!r} is not a backend, expected auto, {' or '.join(BACKENDS)}")
+    reason = _refusal(name, device, dtype) or load(name).unavailable()
+    if reason is not None:
+        raise RuntimeError(f"{asked_by}{name!r} can't run: {reason}")
+    return name
+
+
+def _automatic(device: str, dtype: torch.dtype) -> str:
+    for name, backend in BACKENDS.items():
+        if backend.device is None or _refusal(name, device, dtype) is not None:
+            continue
+        reason = load(name).unavailable()
+        if reason is None:
+            return name
+        _warn_once(f"gate_mix runs its slow reference backend, because {name!r} can't run: {reason}")
+    return "reference"
+
+
+def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
+    backend = BACKENDS[name]
+    if backend.device not in (None, device):
+        return f"it takes states on {backend.device}, and these are on {device}"
+    if backend.dtypes is not None and dtype not in backend.dtypes:
+        return f"it takes states of {', '.join(map(str, backend.dtypes))}, and these are {dtype}"
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

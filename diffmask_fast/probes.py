@@ -1,0 +1,135 @@
+"""Probes: small networks that read hidden states and say, for every token, how open its gate is.
+
+A probe has one `GateHead` per site. Masking decides how the heads work together:
+
+* input masking: head i reads [x_0; x_i]; the state at site 0 is gated by the product of the gates 0..k;
+* hidden masking: head k reads x_k; the state at site k is gated by that gate alone.
+
+De Cao et al. 2020, section 2.2 and appendix A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+MASKINGS = ("input", "hidden")
+
+
+class GateHead(nn.Module):
+    """Weight-normed Linear - tanh - weight-normed Linear, one gate logit per token.
+
+    Args:
+        features: width of what the head reads.
+        width: hidden width; the paper takes a quarter of the state's width.
+        bound: None leaves the logit unbounded; a number passes it through `bound * tanh(.)`, as the paper's
+            input variant does with 10.
+        bias: initial, trainable logit of a gate, so that every gate starts open. The paper takes 5.
+    """
+
+    def __init__(self, features: int, width: int, bound: float | None, bias: float) -> None:
+        super().__init__()
+        self.inner = weight_norm(nn.Linear(features, width))
+        self.outer = weight_norm(nn.Linear(width, 1, bias=False))
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        self.bound = bound
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, T, features) -> logits (B, T)."""
+        logits = self.outer(torch.tanh(self.inner(features))).squeeze(-1)
+        if self.bound is not None:
+            logits = self.bound * torch.tanh(logits)
+        return logits + self.bias
+
+
+class Probe(nn.Module):
+    """Gate heads and baselines for the sites of one model.
+
+    Args:
+        sizes: width of the state at each site, in the order of the sites.
+        masking: "input" or "hidden".
+        width: hidden width of the heads; by default a quarter of the widest state, at least 8.
+        bound: see `GateHead`; by default 10 for input masking and None for hidden masking, as in the paper.
+        bias: initial gate logit.
+
+    Raises:
+        ValueError: an unknown masking, no sites, or sizes that input masking can't use.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        masking: str = "input",
+        *,
+        width: int | None = None,
+        bound: float | None = None,
+        bias: float = 5.0,
+    ) -> None:
+        super().__init__()
+        if masking not in MASKINGS:
+            raise ValueError(f"masking is {masking!r}; expected one of {', '.join(MASKINGS)}")
+        if not sizes or any(size < 1 for size in sizes):
+            raise ValueError(f"sizes is {list(sizes)}; expected the width of the state at each site, at least one")
+        self.sizes = tuple(int(size) for size in sizes)
+        self.masking = masking
+        self.width = width or max(8, max(sizes) // 4)
+        self.bound = bound if bound is not None or masking == "hidden" else 10.0
+        self.initial_bias = float(bias)
+        reads = [size + (sizes[0] if masking == "input" else 0) for size in sizes]
+        self.heads = nn.ModuleList(GateHead(read, self.width, self.bound, bias) for read in reads)
+        replaced = sizes[:1] if masking == "input" else sizes
+        self.baselines = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in replaced)
+
+    @property
+    def num_sites(self) -> int:
+        return len(self.sizes)
+
+    def target(self, site: int) -> int:
+        """The site whose state is replaced when `site` is the deepest that the probe may look at."""
+        return 0 if self.masking == "input" else site
+
+    def reads(self, site: int) -> range:
+        """The sites whose states `logits(states, site)` needs."""
+        return range(site + 1) if self.masking == "input" else range(site, site + 1)
+
+    def baseline(self, site: int) -> nn.Parameter:
+        """The learned vector (H,) that replaces a dropped state when the probe looks at `site`."""
+        return self.baselines[self.target(site)]
+
+    def logits(self, states: Mapping[int, Tensor], site: int) -> Tensor:
+        """Gate logits of the gates that multiply at `site`.
+
+        Args:
+            states: the state (B, T, H) at each site of `reads(site)`.
+            site: the deepest site that the probe may look at.
+
+        Returns:
+            (B, T, site + 1) for input masking, (B, T, 1) for hidden masking.
+        """
+        if not 0 <= site < self.num_sites:
+            raise ValueError(f"site is {site}; this probe has the sites 0 to {self.num_sites - 1}")
+        columns = []
+        for i in self.reads(site):
+            state = states[i].to(self.heads[i].bias.dtype)
+            if state.shape[-1] != self.sizes[i]:
+                raise ValueError(
+                    f"the state at site {i} is {state.shape[-1]} wide; this probe was made for {self.sizes[i]}: "
+                    "use the model that it was trained on"
+                )
+            if self.masking == "input":
+                state = torch.cat([states[0].to(state.dtype), state], dim=-1)
+            columns.append(self.heads[i](state))
+        return torch.stack(columns, dim=-1)
+
+    def config(self) -> dict:
+        """What `Probe(**config)` needs to build the same probe."""
+        return {
+            "sizes": list(self.sizes),
+            "masking": self.masking,
+            "width": self.width,
+            "bound": self.bound,
+            "bias": self.initial_bias,
+        }

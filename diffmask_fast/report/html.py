@@ -1,0 +1,109 @@
+"""Attributions as one page for the browser: no network, no build step, nothing to install to read it.
+
+The page holds its data as JSON and shows one text at a time, so a thousand texts are a matter of file size
+only. Whatever a token says, it stays text: the page sets textContent alone, and its content security policy
+allows the one script that was shipped with it, by hash, and no connection anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmask_fast.attribution import SEGMENT_NAMES, Attribution, Attributions
+from diffmask_fast.attribution.files import replacing
+from diffmask_fast.attribution.result import KEPT_ABOVE
+from diffmask_fast.report import has_two_segments, require_many
+
+# Inside <script> these could end the element or start a comment; escaped they are the same JSON.
+_ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
+
+
+def write(
+    attributions: Attributions, path: str | os.PathLike[str], title: str = "Which tokens are needed"
+) -> None:
+    """Write a self-contained page: tokens coloured by P(keep), a slider over sites, averages over all texts.
+
+    Values are rounded to three digits. The page is replaced in one step.
+
+    Args:
+        attributions: at least one text.
+        path: the file to write, ending in .html.
+        title: the heading of the page.
+
+    Raises:
+        TypeError, ValueError: `attributions` is not `Attributions`, or has no text.
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    require_many(attributions)
+    template = files("diffmask_fast.report").joinpath("page.html").read_text(encoding="utf-8")
+    script = re.search(r"<script>(.*)</script>", template, re.DOTALL)
+    assert script, "page.html has one <script> without attributes"
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    # ensure_ascii also escapes U+2028 and lone surrogates
+    data = json.dumps(_data(attributions, title), ensure_ascii=True, separators=(",", ":")).translate(
+        _ESCAPES
+    )
+    parts = {"title": html.escape(title), "script_hash": f"sha256-{digest}", "data": data}
+    # one pass: a title that reads {{data}} stays what it is
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+
+
+def _data(attributions: Attributions, title: str) -> dict[str, Any]:
+    curves = [("all tokens", attributions.mean_keep())]
+    if has_two_segments(attributions):
+        curves += [(SEGMENT_NAMES[segment], attributions.mean_keep(segment)) for segment in (1, 2)]
+    return {
+        "title": title,
+        "method": attributions.method,
+        "masking": attributions.masking,
+        "sites": list(attributions.site_names),
+        "segments": list(SEGMENT_NAMES),
+        "keptAbove": KEPT_ABOVE,
+        "meta": attributions.meta,
+        "curves": [{"name": name, "values": _rounded(values)} for name, values in curves],
+        "kl": _rounded(attributions.divergence.double().mean(0)),
+        "same": _rounded(attributions.kept_prediction.double().mean(0)),
+        "texts": [_text(text) for text in attributions],
+    }
+
+
+def _text(text: Attribution) -> dict[str, Any]:
+    return {
+        "tokens": text.tokens,
+        "segments": "".join(map(str, text.segments.tolist())),
+        "keep": _packed(text.keep),
+        "kl": _rounded(text.divergence),
+        "original": text.original,
+        "masked": text.masked,
+        "same": [int(same) for same in text.kept_prediction.tolist()],
+    }
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 3) for value in values.tolist()]
+
+
+def _packed(keep: Tensor) -> str:
+    """P(keep) in thousandths, as little-endian 16-bit numbers in base64: a third of the size of decimal JSON.
+
+    The page compares with the threshold, so a value just above it must not be rounded onto it.
+    """
+    thousandths = (keep.double() * 1000).round().to(torch.int32)
+    threshold = round(KEPT_ABOVE * 1000)
+    thousandths[(keep > KEPT_ABOVE) & (thousandths <= threshold)] = threshold + 1
+    pairs = torch.stack([thousandths % 256, thousandths // 256], -1).to(torch.uint8).flatten()
+    raw = bytearray(pairs.numel())
+    torch.frombuffer(raw, dtype=torch.uint8).copy_(pairs)
+    return base64.b64encode(raw).decode()

@@ -1,0 +1,365 @@
+"""Read, replace, stop at and resume from the hidden states of one model, and leave that model as it was.
+
+What the published getter and setter do (De Cao et al., 2020), and two ways of running less of the model.
+Hooks stand only while `Patched.run` runs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .registry import Site, expand, listing
+
+Replacement = Tensor | Callable[[Tensor], Tensor]
+
+
+class Run(NamedTuple):
+    """What `Patched.run` returns: the model's output (None after `stop`) and the captured states, by site."""
+
+    output: Any
+    states: dict[int, Tensor]
+
+
+def patch(model: nn.Module) -> Patched:
+    """A handle by which the hidden states of `model` can be captured and replaced. Changes nothing by itself.
+
+    Args:
+        model: an eager module whose class has sites (see `register_sites`). Of a DDP or compiled wrapper,
+            pass what is inside.
+
+    Returns:
+        The handle, also a context manager that removes itself. Several handles of one model may exist.
+
+    Raises:
+        TypeError, ValueError: not a module, or no sites are known for it; the message says what to register.
+
+    Example:
+        >>> with patch(model) as patched:
+        ...     original, states = patched.run(inputs, capture=(0, 3))
+        ...     masked, _ = patched.run(inputs, replace={0: z * states[0] + (1 - z) * baseline})
+    """
+    return Patched(model)
+
+
+class Patched:
+    """The handle that `patch` returns. `sites` are the model's; a site's number is its place among them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        expanded = expand(model)
+        self.sites: tuple[Site, ...] = tuple(site for site, _ in expanded)
+        self._chain = [k for k, (_, in_chain) in enumerate(expanded) if in_chain]
+        self._model: nn.Module | None = model
+        self._modules = [model.get_submodule(site.module) for site in self.sites]
+        self._enclosing = _enclosing(model, self.sites)
+        # How the module of an output site hands over its state, where nothing else of what it returns is
+        # needed. A layer gives a tensor in transformers 5 and a tuple in 4, which is known once it has run.
+        self._wrappers: dict[int, Callable[[Tensor], Any]] = {}
+
+    def __enter__(self) -> Patched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Let go of the model: the handle can't run any more. May be called again."""
+        self._model, self._modules, self._enclosing = None, [], []
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        capture: Iterable[int] = (),
+        replace: Mapping[int, Replacement] | None = None,
+        stop: int | None = None,
+        resume: tuple[int, Tensor] | None = None,
+    ) -> Run:
+        """Call `model(**inputs)`, reading and changing states on the way.
+
+        Until this returns, the model must not be called in another way: such a call would meet the same
+        hooks.
+
+        Args:
+            inputs: keyword arguments of the model. With `resume` they still make the masks, and the
+                embeddings run.
+            capture: sites whose states are wanted, as the layers below made them: before a replacement at
+                that site. They keep their graph if gradients are on. No other state is kept.
+            replace: for each site, a state of the same shape, dtype and device as the one there, or a
+                function from that state to such a one. Gradients flow to it. Under autocast it is cast to the
+                dtype there.
+            stop: leave the model as soon as the state of this site is known; the output is None.
+            resume: `(site, state)` goes on from that site with that state. The layers of the chain below
+                don't run; nor does the site's own module, once it has run under this handle and was seen to
+                return the state alone (of a layer of the chain, nothing but the state counts). The state must
+                be like the one entering the chain, if it is above that.
+
+        Returns:
+            `Run(output, states)`.
+
+        Raises:
+            TypeError, ValueError: a site that there isn't or that this run does not pass, a state that does
+                not fit, a module that has no tensor where the site's `index` says.
+            RuntimeError: the handle was removed; another run of this model is under way; a site was not
+                passed exactly once; part of the model is compiled in place; gradient checkpointing is on,
+                which would compute layers again without the replacement.
+        """
+        if self._model is None:
+            raise RuntimeError("this handle was removed: call patch(model) for a new one")
+        plan = self._plan(capture, replace, stop, resume)
+        self._check_call(inputs, resume is not None)
+        output = None
+        with _only_run_of(self._modules[0]), ExitStack() as undo:
+            if resume is not None:
+                self._skip_below(*resume, plan, undo)
+            for k in sorted(plan.visited):
+                undo.callback(self._hook(k, partial(plan.visit, k)).remove)
+            try:
+                output = self._model(**inputs)
+            except _Stop:
+                pass
+        for k in sorted(plan.visited - plan.reached):
+            raise RuntimeError(
+                f"the run did not pass site {k} ({self.sites[k]}). Do the inputs go round it, as "
+                "inputs_embeds instead of input_ids goes round the word embedding?"
+            )
+        return Run(None if stop is not None else output, plan.states)
+
+    def _plan(
+        self,
+        capture: Iterable[int],
+        replace: Mapping[int, Replacement] | None,
+        stop: int | None,
+        resume: tuple[int, Tensor] | None,
+    ) -> _Plan:
+        """The checked request."""
+        if not isinstance(capture, Iterable):
+            raise TypeError(f"capture: expected site numbers, as in (0, 3), got {type(capture).__name__}")
+        if not isinstance(replace, Mapping | None):
+            raise TypeError(f"replace: expected a mapping, as in {{0: state}}, got {type(replace).__name__}")
+        plan = _Plan(self.sites, {self._number(k) for k in capture})
+        for k, change in (replace or {}).items():
+            if not isinstance(change, Tensor) and not callable(change):
+                got = type(change).__name__
+                raise TypeError(f"replace: site {k}: expected a tensor or a function, got {got}")
+            plan.changes[self._number(k)] = change
+        first, last = 0, len(self.sites) - 1
+        if stop is not None:
+            plan.stop = last = self._number(stop)
+        if resume is not None:
+            if not isinstance(resume, tuple) or len(resume) != 2 or not isinstance(resume[1], Tensor):
+                raise TypeError(f"resume: expected (site number, tensor), got {type(resume).__name__}")
+            first = self._number(resume[0])
+            if first in plan.changes:
+                raise ValueError(f"replace: site {first} is where the run resumes: give its state once")
+        asked = sorted(plan.visited)
+        if asked and not first <= asked[0] <= asked[-1] <= last:
+            raise ValueError(
+                f"this run passes the sites {first} to {last} only, but something is asked for at {asked}: "
+                "change stop or resume, or leave the others out"
+            )
+        return plan
+
+    def _number(self, k: int) -> int:
+        try:
+            number = operator.index(k)
+        except TypeError:
+            raise TypeError(f"expected the number of a site, got {type(k).__name__}") from None
+        if not 0 <= number < len(self.sites):
+            name = type(self._model).__name__
+            raise ValueError(f"there is no site {number}; the sites of {name} are{listing(self.sites)}")
+        return number
+
+    def _check_call(self, inputs: Mapping[str, Any], resumed: bool) -> None:
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"inputs: expected a mapping of arguments, got {type(inputs).__name__}")
+        config = getattr(self._model, "config", None)
+        for flag in ("output_hidden_states", "output_attentions"):
+            if resumed and inputs.get(flag, getattr(config, flag, False)):
+                raise ValueError(f"{flag}: the layers below the site of resume don't run: use capture")
+        for module in self._enclosing:
+            name = type(module).__name__
+            if module._compiled_call_impl is not None:
+                raise RuntimeError(
+                    f"{name} was compiled in place, and what it traced may not see the hooks: run a model "
+                    "that is not compiled"
+                )
+            checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
+            if checkpointed and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{name} has gradient checkpointing on, and would run again in backward without the "
+                    "hooks: call model.gradient_checkpointing_disable() or model.eval()"
+                )
+
+    def _hook(self, k: int, act: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """Put `act` between the state of site k and what follows it."""
+        site, module = self.sites[k], self._modules[k]
+        if site.side == "input":
+
+            def before(_: nn.Module, args: tuple) -> tuple | None:
+                state = _entry_of(args, site)
+                new = act(state)
+                return None if new is state else (*args[: site.index], new, *args[site.index + 1 :])
+
+            return module.register_forward_pre_hook(before)
+
+        in_chain = any(module is self._modules[j] for j in self._chain)
+
+        def after(_: nn.Module, __: tuple, output: Any) -> Any:
+            bare = isinstance(output, Tensor)
+            state = _entry_of((output,) if bare else output, site)
+            self._wrappers[k] = partial(_wrapped, None if bare else len(output), site.index)
+            rest = () if bare else (*output[: site.index], *output[site.index + 1 :])
+            if not in_chain and any(entry is not None for entry in rest):
+                del self._wrappers[k]
+            new = act(state)
+            if new is state:
+                return None
+            return new if bare else (*output[: site.index], new, *output[site.index + 1 :])
+
+        return module.register_forward_hook(after)
+
+    def _skip_below(self, k: int, state: Tensor, plan: _Plan, undo: ExitStack) -> None:
+        """Have the chain below site k return at once, and `state` enter at k."""
+        own = self._modules[k] if self.sites[k].side == "output" and k > 0 else None
+        wrap = self._wrappers.get(k)
+        below = [j for j in self._chain if j < k]
+        if not below or self.sites[below[0]].side == "input":
+            # What the layers below return is read by nobody, but the first of them still gets its true input.
+            undo.callback(self._hook(below[0] if below else k, partial(_compared, state, k)).remove)
+        for j in below:
+            if self._modules[j] is not own:
+                _return_at_once(self._modules[j], state, undo)
+            elif wrap is None:
+                plan.given[j] = state  # so that the last layer can run, to show how it returns its state
+        if own is not None and wrap is not None:
+            _return_at_once(own, wrap(state), undo)
+        plan.given[k] = state
+
+
+class _Stop(BaseException):
+    """Leaves the model's forward; not an Exception, so that a model's own `except Exception` lets it pass."""
+
+
+@dataclass
+class _Plan:
+    """One run: what is to be done at which site, and what has been."""
+
+    sites: tuple[Site, ...]
+    capture: set[int]
+    changes: dict[int, Replacement] = field(default_factory=dict)
+    given: dict[int, Tensor] = field(default_factory=dict)
+    stop: int | None = None
+    states: dict[int, Tensor] = field(default_factory=dict)
+    reached: set[int] = field(default_factory=set)
+
+    @property
+    def visited(self) -> set[int]:
+        return {*self.capture, *self.changes, *self.given, *(() if self.stop is None else (self.stop,))}
+
+    def visit(self, k: int, state: Tensor) -> Tensor:
+        """The state that goes on from site k."""
+        if k in self.reached:
+            raise RuntimeError(
+                f"site {k} ({self.sites[k]}) was passed twice in one run: its module is shared or called "
+                "again, so that it has no single state. Register sites that are passed once"
+            )
+        self.reached.add(k)
+        state = self.given.get(k, state)
+        if k in self.capture:
+            self.states[k] = state
+        if k in self.changes:
+            change = self.changes[k]
+            state = _fitting(change if isinstance(change, Tensor) else change(state), state, k)
+        if k == self.stop:
+            raise _Stop
+        return state
+
+
+_running: set[int] = set()
+_running_lock = Lock()
+
+
+@contextmanager
+def _only_run_of(module: nn.Module) -> Iterator[None]:
+    """One run at a time. `module` is the first site's: a model with a head shares it with its base model."""
+    key = id(module)
+    with _running_lock:
+        if key in _running:
+            raise RuntimeError(
+                "another run of this model is under way, in another thread or around this one, and its hooks "
+                "would be met here too: wait for it, or give each thread its own copy of the model"
+            )
+        _running.add(key)
+    try:
+        yield
+    finally:
+        with _running_lock:
+            _running.discard(key)
+
+
+def _enclosing(model: nn.Module, sites: Iterable[Site]) -> list[nn.Module]:
+    """The sites' modules and all that contain them, each once."""
+    paths = {""}
+    for site in sites:
+        parts = site.module.split(".")
+        paths.update(".".join(parts[:n]) for n in range(1, len(parts) + 1))
+    return [model.get_submodule(path) for path in sorted(paths)]
+
+
+def _entry_of(values: Any, site: Site) -> Tensor:
+    if type(values) is tuple and site.index < len(values) and isinstance(values[site.index], Tensor):
+        return values[site.index]
+    parts = values if type(values) is tuple else (values,)
+    got = ", ".join(type(value).__name__ for value in parts) or "nothing"
+    remedy = "pad the sequences, don't pack them" if "Packed" in got else "register where the state stands"
+    raise TypeError(f"site {site}: expected a tensor there, by position, got ({got}): {remedy}")
+
+
+def _fitting(new: Tensor, state: Tensor, k: int) -> Tensor:
+    """`new`, if it can stand where `state` stood."""
+    if not isinstance(new, Tensor):
+        raise TypeError(f"replace: site {k}: the function returned {type(new).__name__}, expected a tensor")
+    if new.is_floating_point() and torch.is_autocast_enabled(state.device.type):
+        new = new.to(state.dtype)
+    _compared(new, k, state)
+    return new
+
+
+def _compared(new: Tensor, k: int, state: Tensor) -> Tensor:
+    """`state`, if `new` is like it."""
+    # Under autocast the dtype of a state is that of the operation it came from: two sites may differ.
+    same_dtype = new.dtype == state.dtype or torch.is_autocast_enabled(state.device.type)
+    if new.shape != state.shape or new.device != state.device or not same_dtype:
+        raise ValueError(
+            f"the state given for site {k} is {_words(new)}, expected {_words(state)}: make it so"
+        )
+    return state
+
+
+def _words(state: Tensor) -> str:
+    return f"{tuple(state.shape)} {str(state.dtype).removeprefix('torch.')} on {state.device}"
+
+
+def _wrapped(length: int | None, index: int, state: Tensor) -> Any:
+    """`state` as a module returns it: bare, or at `index` of a tuple of that length."""
+    return state if length is None else (*[None] * index, state, *[None] * (length - index - 1))
+
+
+def _return_at_once(module: nn.Module, output: Any, undo: ExitStack) -> None:
+    """Until undone, the forward of this instance returns `output`."""
+    attributes = module.__dict__
+    if "forward" in attributes:  # accelerate and others leave one on the instance
+        undo.callback(attributes.__setitem__, "forward", attributes["forward"])
+    else:
+        undo.callback(attributes.__delitem__, "forward")
+    attributes["forward"] = lambda *args, **kwargs: output

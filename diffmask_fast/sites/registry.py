@@ -1,0 +1,198 @@
+"""Which hidden states of which model class can be read and replaced: a table, and the look-up in it.
+
+A row is `(name, module, side)` or `(name, module, side, index)`, the fields of `Site`. In `module`, a final
+`*` stands for every child of a ModuleList, so that one row describes a stack of layers (the *chain*) of any
+depth, and a negative number counts from the last child.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a hidden state stands.
+
+    Args:
+        name: what tables and plots call it. In a row with a `*`, `{i}` in it becomes the number of the layer.
+        module: dotted path of the submodule, from the model.
+        side: "input" or "output" of that submodule.
+        index: which positional argument (input) or which entry of the output tuple (output) is the state; an
+            output that is a tensor is its own entry 0.
+    """
+
+    name: str
+    module: str
+    side: str
+    index: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.side} {self.index} of {self.module}"
+
+
+# By class, or by class name so that a library need not be imported to have an entry. The rows stand in the
+# order in which the model runs, and each is a cut: what follows sees what precedes through that state alone,
+# masks aside.
+_ENTRIES: dict[type | str, tuple[Site, ...]] = {
+    "BertModel": (
+        Site("embedding", "embeddings.word_embeddings", "output"),
+        Site("layer {i}", "encoder.layer.*", "input"),
+        Site("last", "encoder.layer.-1", "output"),
+    ),
+}
+
+
+def register_sites(model_class: type[nn.Module] | str, rows: Iterable[tuple]) -> None:
+    """Give a model class (and its subclasses) its sites; a second call for the same class replaces the first.
+
+    Args:
+        model_class: the class, or its name.
+        rows: `(name, module, side[, index])` each, see `Site`, in the order in which the model runs. What
+            follows a site must see what precedes it through that state alone. At most one row may have a `*`;
+            its layers hand one another nothing but the state.
+
+    Raises:
+        TypeError, ValueError: a row is not of that form.
+
+    Example:
+        >>> register_sites(GRUClassifier, [("embedding", "embedding", "output"), ("gru", "gru", "output", 0)])
+    """
+    if not isinstance(model_class, (type, str)):
+        raise TypeError(
+            f"register_sites: expected a model class or its name, got {type(model_class).__name__}: "
+            "pass type(model), not the model"
+        )
+    sites = tuple(_row(row) for row in rows)
+    names = [site.name for site in sites]
+    if not sites or len(set(names)) != len(names):
+        raise ValueError(f"register_sites: expected at least one row, and every name once, got names {names}")
+    if sum("*" in site.module for site in sites) > 1:
+        raise ValueError("register_sites: at most one row may have a '*': the layers that resuming skips")
+    _ENTRIES[model_class] = sites
+
+
+def _row(row: tuple) -> Site:
+    form = "expected (name, module path, 'input' or 'output'[, index >= 0])"
+    if not isinstance(row, tuple) or len(row) not in (3, 4) or not all(isinstance(x, str) for x in row[:3]):
+        raise TypeError(f"register_sites: {form}, got {row!r}")
+    site = Site(*row)
+    if site.side not in ("input", "output") or not isinstance(site.index, int) or site.index < 0:
+        raise ValueError(f"register_sites: {form}, got {row!r}")
+    starred = site.module.endswith(".*")
+    if ("*" in site.module.removesuffix(".*")) or starred != ("{i}" in site.name):
+        raise ValueError(f"register_sites: a path ends in '.*' just when the name has '{{i}}', got {row!r}")
+    return site
+
+
+def sites_of(model: nn.Module) -> tuple[Site, ...]:
+    """The sites of a model, in the order in which it runs; the place in the tuple is the site's number.
+
+    Looks for the model's class and its parents, then for those of its base model, so that every head of a
+    Hugging Face model shares one entry. Paths come back complete: from `model`, with numbers in place of `*`
+    and -1.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: the class has no entry (the message shows how to make one), or a registered path isn't
+            there.
+    """
+    return tuple(site for site, _ in expand(model))
+
+
+def expand(model: nn.Module) -> tuple[tuple[Site, bool], ...]:
+    """Each site of a model, and whether it belongs to the chain. Raises as `sites_of`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    entry = _entry(type(model))
+    prefix, owner = "", model
+    if entry is None:
+        _refuse_wrapper(model)
+        prefix, owner = _base(model)
+        entry = _entry(type(owner))
+    if entry is None:
+        raise ValueError(_how_to_register(model, owner))
+    expanded: list[tuple[Site, bool]] = []
+    for row in entry:
+        paths = _resolve(owner, row)
+        for i, path in enumerate(paths):
+            site = replace(row, name=row.name.replace("{i}", str(i)), module=prefix + path)
+            expanded.append((site, "*" in row.module))
+    return tuple(expanded)
+
+
+def listing(sites: Iterable[Site]) -> str:
+    """The numbered sites, for messages."""
+    return "".join(f"\n    {k}  {site}" for k, site in enumerate(sites))
+
+
+def _entry(model_class: type) -> tuple[Site, ...] | None:
+    for cls in model_class.__mro__:
+        entry = _ENTRIES.get(cls) or _ENTRIES.get(cls.__name__)
+        if entry is not None:
+            return entry
+    return None
+
+
+def _base(model: nn.Module) -> tuple[str, nn.Module]:
+    """The path and module of the Hugging Face base model in a model with a head; else the model itself."""
+    name = getattr(type(model), "base_model_prefix", "")
+    base = model._modules.get(name) if name else None
+    return ("", model) if base is None else (f"{name}.", base)
+
+
+def _refuse_wrapper(model: nn.Module) -> None:
+    # A compiled module keeps running what it traced, with or without the hooks of that day; and what a
+    # data-parallel wrapper adds is for models that are trained, which a probed model is not.
+    for name in ("_orig_mod", "module"):
+        inner = model._modules.get(name)
+        if inner is not None and (_entry(type(inner)) or _entry(type(_base(inner)[1]))):
+            raise ValueError(
+                f"{type(model).__name__} wraps the model that has the sites: pass the "
+                f"{type(inner).__name__} inside it, model.{name}"
+            )
+
+
+def _resolve(owner: nn.Module, row: Site) -> list[str]:
+    """The paths that a row's module path stands for in this instance."""
+    path, module = "", owner
+    for part in row.module.split("."):
+        children = [name for name, child in module._modules.items() if child is not None]
+        if part == "*" and children:
+            return [f"{path}{name}" for name in children]
+        from_last = part[:1] == "-" and part[1:].isdigit() and 0 < int(part[1:]) <= len(children)
+        name = children[int(part)] if from_last else part
+        if name not in children:
+            raise ValueError(
+                f"the site '{row.name}' of {type(owner).__name__} is registered at '{row.module}', but here "
+                f"{path.rstrip('.') or 'the model'} has no '{part}', only {children}: "
+                "give the class rows that fit it with register_sites"
+            )
+        path, module = f"{path}{name}.", module.get_submodule(name)
+    return [path.rstrip(".")]
+
+
+def _how_to_register(model: nn.Module, owner: nn.Module) -> str:
+    """The message for a class without an entry: the lines to write, with the modules that look right."""
+    rows: list[tuple] = []
+    embedding = next((path for path, m in owner.named_modules() if isinstance(m, nn.Embedding)), None)
+    if embedding:
+        rows.append(("embedding", embedding, "output"))
+    stacks = [(len(m), path) for path, m in owner.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if stacks:
+        path = max(stacks, key=lambda stack: stack[0])[1]
+        rows += [("layer {i}", f"{path}.*", "input"), ("last", f"{path}.-1", "output")]
+    rows += [(path, path, "output", 0) for path, m in owner.named_modules() if isinstance(m, nn.RNNBase)]
+    if not rows:
+        rows = [(name, name, "output") for name, _ in owner.named_children()]
+    name = type(owner).__name__
+    missing = type(model).__name__ + ("" if owner is model else f", nor for its base model {name}")
+    lines = "\n".join(f"        {row!r}," for row in rows)
+    return (
+        f"no sites are registered for {missing}. Register them in the order in which the model runs; a guess "
+        f"from its modules, to be checked:\n    from diffmask_fast.sites import register_sites\n"
+        f"    register_sites({name}, [\n{lines}\n    ])"
+    )
