@@ -37,22 +37,22 @@ GATE_INLINE float float_of(uint32_t bits) {
   return x;
 }
 
-// ---- the stream (the contract is in diffmask_fast/ops/philox.py)
-
-GATE_INLINE uint32_t multiply_high(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+GATE_INLINE float minus_magnitude(float x) {
+  return float_of(bits_of(x) | 0x80000000u);
 }
+
+// ---- the stream (the contract is in diffmask_fast/ops/philox.py)
 
 // Philox4x32-10 of the counter (c0, c1, 0, 0); the four words come back in place.
 GATE_INLINE void philox(uint32_t k0, uint32_t k1, uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3) {
   c2 = c3 = 0;
   for (int round = 0; round < 10; ++round) {
-    const uint32_t h0 = multiply_high(c0, 0xD2511F53u), l0 = c0 * 0xD2511F53u;
-    const uint32_t h1 = multiply_high(c2, 0xCD9E8D57u), l1 = c2 * 0xCD9E8D57u;
-    c0 = h1 ^ c1 ^ k0;
-    c1 = l1;
-    c2 = h0 ^ c3 ^ k1;
-    c3 = l0;
+    const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
+    const uint64_t p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -106,8 +106,9 @@ GATE_INLINE float log_of_positive(float x) {
 
 // log(1 + x) for 0 <= x <= 1, within 1 ulp.
 GATE_INLINE float log1p_of_unit(float x) {
-  const bool large = x > 0.41421357f;
-  return log_of_reduced(large ? (x - 1.0f) * 0.5f : x, large ? 1.0f : 0.0f);
+  // k = x > sqrt(2) - 1, taken from a sign bit: a comparison would make compilers compute the polynomial twice.
+  const float k = static_cast<float>(static_cast<int32_t>(bits_of(0.41421357f - x) >> 31));
+  return log_of_reduced((x - k) * (1.0f - 0.5f * k), k);
 }
 
 // ---- the gate
@@ -125,7 +126,7 @@ struct Sample {
 
 GATE_INLINE Sample hard_concrete(const Law& law, float noise, float logit) {
   const float x = (noise + logit) / law.temperature;
-  const float e = exp_of_negative(x < 0.0f ? x : -x);
+  const float e = exp_of_negative(minus_magnitude(x));
   const float r = 1.0f / (1.0f + e);
   const float s = x < 0.0f ? e * r : r;
   const float stretched = law.left + law.width * s;
@@ -141,13 +142,13 @@ GATE_INLINE Sample hard_concrete(const Law& law, float noise, float logit) {
 // log P(z != 0)
 GATE_INLINE float log_open(const Law& law, float logit) {
   const float a = logit - law.shift;
-  return (a < 0.0f ? a : 0.0f) - log1p_of_unit(exp_of_negative(a < 0.0f ? a : -a));
+  return (a < 0.0f ? a : 0.0f) - log1p_of_unit(exp_of_negative(minus_magnitude(a)));
 }
 
 // d log P(z != 0) / d logit = 1 - P(z != 0)
 GATE_INLINE float log_open_slope(const Law& law, float logit) {
   const float a = logit - law.shift;
-  const float e = exp_of_negative(a < 0.0f ? a : -a);
+  const float e = exp_of_negative(minus_magnitude(a));
   const float r = 1.0f / (1.0f + e);
   return a < 0.0f ? r : e * r;
 }

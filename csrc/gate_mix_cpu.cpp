@@ -17,8 +17,10 @@ namespace {
 constexpr int64_t BLOCK = 256;  // elements whose words are in the first-level cache at a time; a multiple of 4
 constexpr int64_t LANES = 16;   // partial sums of a row's dot product, whatever the width of a register
 
-// Words of elements [first, first + size), rounded up to whole calls; first is a multiple of 4, size at most BLOCK.
-GATE_INLINE void draw_words(const Gates& gates, int64_t first, int64_t size, uint32_t* __restrict words) {
+// The logistic noise of elements [first, first + size); first is a multiple of 4, size at most BLOCK. Drawing, here, and
+// the two functions of the gate below are loops of their own: one loop of all would run out of registers.
+GATE_INLINE void draw_noise(const Gates& gates, int64_t first, int64_t size, float* __restrict noise) {
+  uint32_t words[BLOCK];
   const uint64_t counter = gates.offset + static_cast<uint64_t>(first) / 4;
   const uint32_t low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
   const uint32_t k0 = static_cast<uint32_t>(gates.seed), k1 = static_cast<uint32_t>(gates.seed >> 32);
@@ -33,6 +35,7 @@ GATE_INLINE void draw_words(const Gates& gates, int64_t first, int64_t size, uin
     words[4 * call + 2] = c2;
     words[4 * call + 3] = c3;
   }
+  for (int64_t i = 0; i < size; ++i) noise[i] = logistic_noise(words[i]);
 }
 
 template <typename T>
@@ -96,28 +99,28 @@ GATE_INLINE float mix_backward_of(void* grad_state, Arguments... arguments) {
 }  // namespace
 
 GATE_CLONES int64_t gates_forward(
-    const Gates& gates, const float* logits, int64_t begin, int64_t end, float* running, float* log_sums) {
+    const Gates& gates, const float* logits, int64_t begin, int64_t end, float* __restrict running,
+    float* __restrict log_sums) {
   const Law law = gates.law;
-  uint32_t words[BLOCK];
+  float noise[BLOCK];
   uint32_t bad = 0;
   for (int64_t first = begin * gates.count; first < end * gates.count; first += BLOCK) {
     const int64_t size = end * gates.count - first < BLOCK ? end * gates.count - first : BLOCK;
-    draw_words(gates, first, size, words);
+    draw_noise(gates, first, size, noise);
     const float* __restrict logit = logits + first;
-    float* __restrict gate = running + first;
-    float* __restrict open = log_sums + first;
+    float* gate = running + first;
+    float* open = log_sums + first;
+    for (int64_t i = 0; i < size; ++i) gate[i] = hard_concrete(law, noise[i], logit[i]).gate;
     for (int64_t i = 0; i < size; ++i) {
-      gate[i] = hard_concrete(law, logistic_noise(words[i]), logit[i]).gate;
       open[i] = log_open(law, logit[i]);
       bad |= is_finite(logit[i]) ? 0u : 1u;
     }
   }
   for (int64_t row = begin; row < end; ++row) {
-    float* __restrict gate = running + row * gates.count;
-    float* __restrict open = log_sums + row * gates.count;
-    for (int64_t k = 1; k < gates.count; ++k) {
-      gate[k] *= gate[k - 1];
-      open[k] += open[k - 1];
+    float product = 1.0f, sum = 0.0f;
+    for (int64_t i = row * gates.count; i < (row + 1) * gates.count; ++i) {
+      running[i] = product *= running[i];
+      log_sums[i] = sum += log_sums[i];
     }
   }
   if (bad != 0)
@@ -127,17 +130,18 @@ GATE_CLONES int64_t gates_forward(
 }
 
 GATE_CLONES void gates_again(
-    const Gates& gates, const float* logits, int64_t begin, int64_t end, float* gate, float* slope, float* product) {
+    const Gates& gates, const float* logits, int64_t begin, int64_t end, float* __restrict gate,
+    float* __restrict slope, float* __restrict product) {
   const Law law = gates.law;
-  uint32_t words[BLOCK];
+  float noise[BLOCK];
   for (int64_t first = begin * gates.count; first < end * gates.count; first += BLOCK) {
     const int64_t size = end * gates.count - first < BLOCK ? end * gates.count - first : BLOCK;
-    draw_words(gates, first, size, words);
+    draw_noise(gates, first, size, noise);
     const float* __restrict logit = logits + first;
-    float* __restrict gate_out = gate + first;
-    float* __restrict slope_out = slope + first;
+    float* gate_out = gate + first;
+    float* slope_out = slope + first;
     for (int64_t i = 0; i < size; ++i) {
-      const Sample sample = hard_concrete(law, logistic_noise(words[i]), logit[i]);
+      const Sample sample = hard_concrete(law, noise[i], logit[i]);
       gate_out[i] = sample.gate;
       slope_out[i] = sample.slope;
     }

@@ -27,6 +27,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t CHUNK_ROWS = 64;  // a multiple of 4, see gate_mix_cpu.h
+constexpr int64_t BLOCK_GROUPS = 8;  // rows of the baseline's gradient that are gathered at a time
 constexpr int64_t SUM_COLUMNS = 512;
 
 int64_t ceil_divide(int64_t a, int64_t b) {
@@ -52,34 +53,41 @@ void for_each_rows(int64_t rows, const F& f) {
 
 struct Dimension {
   int64_t size;
-  int64_t row;  // how far a step along it moves in the row-major index of rows
-  bool broadcast;
-  std::vector<int64_t> strides;  // of each strided tensor, in bytes
+  int64_t row;         // how far a step along it moves in the row-major index of rows
+  int64_t strides[2];  // how far it moves, in bytes, in each of two tensors
 };
 
-// The leading dims of the states, in an order to walk them in.
+struct Place {
+  int64_t row = 0;
+  int64_t offsets[2] = {0, 0};
+};
+
+// Some of the leading dims of the states.
 struct Rows {
   std::vector<Dimension> dims;
   int64_t count = 1;
 
-  // f(row, byte offsets) for the positions [begin, end) of the walk.
-  template <size_t N, typename F>
-  void walk(int64_t begin, int64_t end, const F& f) const {
-    for (int64_t position = begin; position < end; ++position) {
-      int64_t rest = position, row = 0, offsets[N] = {};
-      for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
-        const int64_t index = rest % dim->size;
-        rest /= dim->size;
-        row += index * dim->row;
-        for (size_t i = 0; i < N; ++i) offsets[i] += index * dim->strides[i];
-      }
-      f(row, offsets);
+  void append(const Dimension& dim) {
+    dims.push_back(dim);
+    count *= dim.size;
+  }
+
+  // The place of the row-major index.
+  Place at(int64_t index) const {
+    Place place;
+    for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
+      const int64_t step = index % dim->size;
+      index /= dim->size;
+      place.row += step * dim->row;
+      place.offsets[0] += step * dim->strides[0];
+      place.offsets[1] += step * dim->strides[1];
     }
+    return place;
   }
 };
 
 int64_t element_size(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float ? 4 : 2;
+  return tensor.scalar_type() == ScalarType::Float ? 4 : 2;  // the others are bfloat16 and float16
 }
 
 Dtype dtype_of(const Tensor& tensor) {
@@ -91,22 +99,17 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-// The leading dims of strided, which all have the shape of its first; a dim is broadcast where the baseline has one row
-// for all of it.
-Rows rows_of(const std::vector<const Tensor*>& strided, const Tensor& baseline) {
-  const Tensor& first = *strided[0];
-  const int64_t missing = first.dim() - baseline.dim();
-  Rows rows;
-  for (int64_t d = first.dim() - 2; d >= 0; --d) {
-    Dimension dim;
-    dim.size = first.size(d);
-    dim.row = rows.count;
-    dim.broadcast = d < missing || baseline.size(d - missing) != dim.size;
-    for (const Tensor* tensor : strided) dim.strides.push_back(tensor->stride(d) * element_size(*tensor));
-    rows.count *= dim.size;
-    rows.dims.insert(rows.dims.begin(), dim);
-  }
-  return rows;
+// Whether the baseline has one row for all of dim d of the states.
+bool is_broadcast(const Tensor& states, const Tensor& baseline, int64_t d) {
+  const int64_t missing = states.dim() - baseline.dim();
+  return d < missing || baseline.size(d - missing) != states.size(d);
+}
+
+// How many rows a step along dim d moves in a contiguous tensor of the states' leading shape.
+int64_t row_stride(const Tensor& states, int64_t d) {
+  int64_t stride = 1;
+  for (int64_t later = d + 1; later < states.dim() - 1; ++later) stride *= states.size(later);
+  return stride;
 }
 
 const char* bytes(const Tensor& tensor) {
@@ -184,12 +187,14 @@ int64_t gate_mix_forward(
   const Dtype dtype = dtype_of(states);
   const int64_t width = states.size(states.dim() - 1);
   const int64_t row_bytes = width * element_size(states);
-  Rows rows = rows_of({&states}, baseline);
-  // The baseline's strides, 0 where it is broadcast.
-  int64_t stride = width * static_cast<int64_t>(sizeof(float));
-  for (auto dim = rows.dims.rbegin(); dim != rows.dims.rend(); ++dim) {
-    dim->strides.push_back(dim->broadcast ? 0 : stride);
-    if (!dim->broadcast) stride *= dim->size;
+  const int64_t dims = states.dim() - 1;
+  Rows rows;
+  for (int64_t d = 0; d < dims; ++d) {
+    const bool broadcast = is_broadcast(states, baseline, d);
+    const int64_t baseline_stride = broadcast ? 0 : baseline.stride(d - (states.dim() - baseline.dim()));
+    rows.append(
+        {states.size(d), row_stride(states, d),
+         {states.stride(d) * element_size(states), baseline_stride * element_size(baseline)}});
   }
 
   const float* logit = floats(logits);
@@ -208,11 +213,12 @@ int64_t gate_mix_forward(
       }
       return;
     }
-    rows.walk<2>(begin, end, [&](int64_t row, const int64_t* offsets) {
+    for (int64_t row = begin; row < end; ++row) {
+      const Place place = rows.at(row);
       const float z = running[(row + 1) * gates.count - 1];
-      const auto* b = reinterpret_cast<const float*>(base + offsets[1]);
-      mix_row(dtype, width, z, state + offsets[0], b, out + row * row_bytes);
-    });
+      const auto* b = reinterpret_cast<const float*>(base + place.offsets[1]);
+      mix_row(dtype, width, z, state + place.offsets[0], b, out + row * row_bytes);
+    }
   });
   return first_bad == none ? -1 : first_bad.load();
 }
@@ -227,43 +233,54 @@ void backward_of_mix(
   const Dtype dtype = dtype_of(states);
   const int64_t width = states.size(states.dim() - 1);
   const int64_t row_bytes = width * element_size(states);
-  // Baseline row after baseline row, and within each the rows that share it.
-  Rows rows = rows_of({&grad_mixed, &states}, baseline);
-  std::stable_partition(rows.dims.begin(), rows.dims.end(), [](const Dimension& dim) { return !dim.broadcast; });
-  const int64_t groups = baseline.numel() / width;
-  const int64_t members = rows.count / groups;
-  const int64_t parts = ceil_divide(members, CHUNK_ROWS);
+  // groups: the rows of the baseline. members: the rows of the states that share one.
+  Rows groups, members;
+  bool adjacent = false;  // whether neighbours in memory belong to different groups
+  for (int64_t d = 0; d < states.dim() - 1; ++d) {
+    const bool broadcast = is_broadcast(states, baseline, d);
+    (broadcast ? members : groups)
+        .append(
+            {states.size(d), row_stride(states, d),
+             {grad_mixed.stride(d) * element_size(states), states.stride(d) * element_size(states)}});
+    if (states.size(d) > 1) adjacent = !broadcast;
+  }
+  const int64_t block = adjacent ? BLOCK_GROUPS : 1;
+  const int64_t blocks = ceil_divide(groups.count, block);
+  const int64_t parts = ceil_divide(members.count, CHUNK_ROWS);
 
   const bool with_baseline = grad_baseline.numel() > 0;
   float* sums = with_baseline ? mutable_floats(grad_baseline) : nullptr;
   std::unique_ptr<float[]> scratch;
-  if (with_baseline && parts > 1) scratch.reset(new float[groups * parts * width]);
+  if (with_baseline && parts > 1) scratch.reset(new float[parts * groups.count * width]);
   float* partial = scratch ? scratch.get() : sums;
 
   auto* grad_state = grad_states.numel() > 0 ? static_cast<char*>(grad_states.mutable_data_ptr()) : nullptr;
   const char* grad = bytes(grad_mixed);
   const char* state = bytes(states);
   const float* base = floats(baseline);
-  for_each_chunk(groups * parts, [&](int64_t chunk) {
-    const int64_t group = chunk / parts;
-    const int64_t begin = group * members + chunk % parts * CHUNK_ROWS;
-    const int64_t end = std::min(begin + CHUNK_ROWS, (group + 1) * members);
-    float* sum = with_baseline ? partial + chunk * width : nullptr;
-    bool first = true;
-    rows.walk<2>(begin, end, [&](int64_t row, const int64_t* offsets) {
-      void* grad_row = grad_state == nullptr ? nullptr : grad_state + row * row_bytes;
-      dots[row] = mix_row_backward(
-          dtype, width, products[row], grad + offsets[0], state + offsets[1], base + group * width, sum, first,
-          grad_row);
-      first = false;
-    });
+  for_each_chunk(blocks * parts, [&](int64_t chunk) {
+    const int64_t part = chunk / blocks, first_group = chunk % blocks * block;
+    const int64_t last_group = std::min(first_group + block, groups.count);
+    const int64_t first_member = part * CHUNK_ROWS;
+    const int64_t last_member = std::min(first_member + CHUNK_ROWS, members.count);
+    for (int64_t member = first_member; member < last_member; ++member) {
+      const Place outer = members.at(member);
+      for (int64_t group = first_group; group < last_group; ++group) {
+        const Place inner = groups.at(group);
+        const int64_t row = outer.row + inner.row;
+        dots[row] = mix_row_backward(
+            dtype, width, products[row], grad + outer.offsets[0] + inner.offsets[0],
+            state + outer.offsets[1] + inner.offsets[1], base + group * width,
+            with_baseline ? partial + (part * groups.count + group) * width : nullptr, member == first_member,
+            grad_state == nullptr ? nullptr : grad_state + row * row_bytes);
+      }
+    }
   });
   if (!scratch) return;
-  const int64_t blocks = ceil_divide(width, SUM_COLUMNS);
-  for_each_chunk(groups * blocks, [&](int64_t chunk) {
-    const int64_t group = chunk / blocks, column = chunk % blocks * SUM_COLUMNS;
-    const float* from = partial + group * parts * width + column;
-    sum_parts(std::min(SUM_COLUMNS, width - column), parts, from, width, sums + group * width + column);
+  const int64_t size = groups.count * width;
+  for_each_chunk(ceil_divide(size, SUM_COLUMNS), [&](int64_t chunk) {
+    const int64_t column = chunk * SUM_COLUMNS;
+    sum_parts(std::min(SUM_COLUMNS, size - column), parts, partial + column, size, sums + column);
   });
 }
 

@@ -10,13 +10,19 @@ De Cao et al. 2020, section 2.2 and appendix A.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from diffmask_fast.files import replacing
+
 MASKINGS = ("input", "hidden")
+_FORMAT = "diffmask_fast.probe"
 
 
 class GateHead(nn.Module):
@@ -69,6 +75,7 @@ class Probe(nn.Module):
         bias: float = 5.0,
     ) -> None:
         super().__init__()
+        self.meta: dict[str, Any] = {}
         if masking not in MASKINGS:
             raise ValueError(f"masking is {masking!r}; expected one of {', '.join(MASKINGS)}")
         if not sizes or any(size < 1 for size in sizes):
@@ -124,7 +131,7 @@ class Probe(nn.Module):
             columns.append(self.heads[i](state))
         return torch.stack(columns, dim=-1)
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """What `Probe(**config)` needs to build the same probe."""
         return {
             "sizes": list(self.sizes),
@@ -133,3 +140,44 @@ class Probe(nn.Module):
             "bound": self.bound,
             "bias": self.initial_bias,
         }
+
+
+def save_probe(probe: Probe, path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None) -> None:
+    """Write a probe to one safetensors file, its configuration and `meta` as JSON in the file's metadata.
+
+    The file is written whole or not at all.
+    """
+    from safetensors.torch import save_file
+
+    described = json.dumps({"format": _FORMAT, "probe": probe.config(), "meta": dict(meta or {})})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in probe.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"diffmask_fast": described})
+
+
+def load_probe(path: str | os.PathLike[str]) -> Probe:
+    """Read what `save_probe` wrote. `probe.meta` holds what was saved with it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a probe, or it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such file; a run leaves its probe as probe.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = json.loads((file.metadata() or {}).get("diffmask_fast", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a probe, or it is cut short ({error})") from error
+    if described.get("format") != _FORMAT:
+        raise ValueError(f"{path} is a safetensors file, but not one that save_probe wrote")
+    probe = Probe(**described["probe"])
+    try:
+        probe.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    probe.meta = described["meta"]
+    return probe.eval()

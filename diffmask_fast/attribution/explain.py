@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmask_fast.attribution.result import KEPT_ABOVE, Attributions
-from diffmask_fast.data import Examples, encode
+from diffmask_fast.data import SECOND, Examples, encode
 from diffmask_fast.masking import frozen, keep_probabilities, masked_run
 from diffmask_fast.predictions import answers, kl_divergence, log_probabilities, prediction_kind
 from diffmask_fast.probes import Probe
@@ -87,8 +87,7 @@ def check_fit(patched: Patched, probe: Probe) -> None:
 
 def explain_batch(patched: Patched, probe: Probe, texts: Examples, batch: list[int]) -> list[dict[str, Any]]:
     """The rows of `Attributions` for the examples numbered in `batch`."""
-    device = next(probe.parameters()).device
-    inputs = {name: value.to(device) for name, value in texts.collate([texts[i] for i in batch]).items()}
+    inputs = to_inputs(texts, batch, probe)
     output, states = patched.run(inputs, capture=range(probe.num_sites))
     for site, state in states.items():
         check_finite(state, f"the model's state at site {site} ({patched.sites[site].name})")
@@ -120,6 +119,18 @@ def explain_batch(patched: Patched, probe: Probe, texts: Examples, batch: list[i
         }
         for row, i in enumerate(batch)
     ]
+
+
+def to_inputs(texts: Examples, batch: list[int], probe: Probe) -> dict[str, Tensor]:
+    """The examples numbered in `batch` as the model's arguments, on the probe's device."""
+    device = next(probe.parameters()).device
+    return {name: value.to(device) for name, value in texts.collate([texts[i] for i in batch]).items()}
+
+
+def allowed_span(texts: Examples, batch: list[int]) -> Tensor:
+    """(B, T) bool: the second segment, where a predicted span has to lie."""
+    rows = [torch.tensor(texts.segments[i]) == SECOND for i in batch]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def check_finite(value: Tensor, what: str) -> None:

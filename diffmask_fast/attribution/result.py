@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffmask_fast.attribution import checks
-from diffmask_fast.attribution.files import replacing
+from diffmask_fast.files import replacing
 
 SEGMENT_NAMES = ("special", "question", "passage")
 KEPT_ABOVE = 0.5  # the masked prediction is made with exactly the tokens whose P(keep) is above this

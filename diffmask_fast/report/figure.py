@@ -18,7 +18,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from diffmask_fast.attribution import SEGMENT_NAMES, Attribution, Attributions
-from diffmask_fast.attribution.files import replacing
+from diffmask_fast.files import replacing
 from diffmask_fast.report import has_two_segments, printable, require_many, require_one
 
 COLOURS = "cividis"  # the same order to colour-blind eyes and on a greyscale printer

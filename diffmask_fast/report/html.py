@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffmask_fast.attribution import SEGMENT_NAMES, Attribution, Attributions
-from diffmask_fast.attribution.files import replacing
+from diffmask_fast.files import replacing
 from diffmask_fast.attribution.result import KEPT_ABOVE
 from diffmask_fast.report import has_two_segments, require_many
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmask_fast.attribution.files import replacing
+from diffmask_fast.files import replacing
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Lagrange multipliers, one per site: how much a unit of divergence costs at that site.
+
+The probe minimises, the multiplier maximises `sparsity + multiplier * (KL - tolerance)` (De Cao et al. 2020,
+equation 5). Two ways for the multiplier to move:
+
+* `Ascent`, as published: a parameter that the optimiser moves up its gradient, clamped to [0, largest].
+* `Control`: log(multiplier) is the output of a proportional-integral controller of the violation. The proportional part
+  answers at once and lets go as soon as the constraint holds, so the slow integral part has little to wind up
+  (Stooke et al. 2020, "Responsive safety in reinforcement learning by PID Lagrangian methods"). The logarithm keeps
+  the multiplier positive and makes the same gains fit sites whose multipliers differ a thousandfold.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from diffmask_fast.training.recipe import Recipe
+
+SMOOTHING = 0.1  # weight of the newest batch in the running mean of a site's divergence
+PROPORTIONAL = 2.0  # the multiplier goes with this power of (running mean / tolerance)
+SMALLEST = 1e-2
+
+
+class Ascent(nn.Module):
+    """The published multipliers: a parameter (sites,), to be given to an optimiser group with `maximize=True`."""
+
+    def __init__(self, sites: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.full((sites,), recipe.initial_multiplier))
+        self.largest, self.tolerance = recipe.largest_multiplier, recipe.tolerance
+
+    def current(self) -> Tensor:
+        """(sites,), as a number for reports."""
+        return self.value.detach().clamp(0, self.largest)
+
+    def penalised(self, sparsity: Tensor, divergence: Tensor, sites: Tensor) -> Tensor:
+        """(B,) sparsity and divergence, (B,) site of each example -> (B,) terms of the loss."""
+        with torch.no_grad():
+            self.value.clamp_(0, self.largest)  # what the optimiser's last step may have left outside
+        return sparsity + self.value[sites] * (divergence - self.tolerance)
+
+    def observe(self, divergence: Tensor, sites: Tensor) -> None:
+        """Nothing to do: the optimiser moves the parameter."""
+
+
+class Control(nn.Module):
+    """Multipliers from a proportional-integral controller; its state (sites,) is saved with the probe's training."""
+
+    integral: Tensor
+    average: Tensor
+
+    def __init__(self, sites: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.register_buffer("integral", torch.full((sites,), math.log(recipe.initial_multiplier)))
+        self.register_buffer("average", torch.full((sites,), recipe.tolerance))
+        self.rate, self.largest, self.tolerance = recipe.multiplier_rate, recipe.largest_multiplier, recipe.tolerance
+
+    def current(self) -> Tensor:
+        """(sites,)"""
+        return (self.integral.exp() * (self.average / self.tolerance) ** PROPORTIONAL).clamp(max=self.largest)
+
+    def penalised(self, sparsity: Tensor, divergence: Tensor, sites: Tensor) -> Tensor:
+        """(B,) terms of the loss, scaled by 1 / (1 + multiplier) so that no site's gradient drowns another's."""
+        multiplier = self.current()[sites]
+        return (sparsity + multiplier * (divergence - self.tolerance)) / (1 + multiplier)
+
+    @torch.no_grad()
+    def observe(self, divergence: Tensor, sites: Tensor) -> None:
+        """Move on by what one batch showed: (B,) divergences at (B,) sites, of every process where there are several."""
+        totals = torch.zeros(2, len(self.integral), device=divergence.device)
+        totals[0].index_add_(0, sites, divergence.detach())
+        totals[1].index_add_(0, sites, torch.ones_like(divergence))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(totals)
+        drawn = totals[1] > 0
+        mean = totals[0] / totals[1].clamp(min=1)
+        # one example with a hopeless prediction must not speak for the site: both parts see a bounded violation
+        self.average[drawn] += SMOOTHING * (mean.clamp(max=10 * self.tolerance) - self.average)[drawn]
+        violation = (mean / self.tolerance - 1).clamp(-1, 3)
+        self.integral[drawn] += self.rate * violation[drawn]
+        self.integral.clamp_(math.log(SMALLEST), math.log(self.largest))
+
+
+def multipliers_for(recipe: Recipe, sites: int) -> Ascent | Control:
+    return {"ascent": Ascent, "control": Control}[recipe.multiplier](sites, recipe)

@@ -1,0 +1,148 @@
+"""One step of probe training: clean pass, gates, masked pass, Lagrangian.
+
+    min over probe and baseline, max over multipliers >= 0:
+        mean over real tokens of log P(z != 0)  +  multiplier * (KL(original || masked) - tolerance)
+
+(De Cao et al. 2020, section 2.3.) The model is frozen and stays outside this module: its parameters are not trained, not
+saved and not synchronised between processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffmask_fast.ops import draw_seed, gate_mix
+from diffmask_fast.ops.reference import log_open
+from diffmask_fast.predictions import kl_divergence, log_probabilities, prediction_kind
+from diffmask_fast.probes import Probe
+from diffmask_fast.sites import Patched
+from diffmask_fast.training.multipliers import multipliers_for
+from diffmask_fast.training.recipe import Recipe
+
+ALWAYS_OPEN = 1e4  # a logit whose gate is exactly 1, its log P(z != 0) exactly 0 and its gradient 0
+
+
+class Objective(nn.Module):
+    """The Lagrangian of a probe, as a module that a trainer can call with a batch of the model's inputs.
+
+    Args:
+        patched: handle of the frozen model.
+        probe: the probe to train.
+        recipe: how.
+
+    Forward takes the model's inputs, `attention_mask` (B, T) among them, and returns `{"loss": scalar}`. Draws come from
+    PyTorch's global generator, so that a trainer that restores it repeats them.
+    """
+
+    def __init__(self, patched: Patched, probe: Probe, recipe: Recipe) -> None:
+        super().__init__()
+        self.patched = patched
+        self.probe = probe
+        self.recipe = recipe
+        self.multipliers = multipliers_for(recipe, probe.num_sites)
+        self.statistics = Statistics(probe.num_sites)
+
+    def forward(self, **inputs: Any) -> dict[str, Tensor]:
+        real = inputs["attention_mask"]
+        sites = self.draw_sites(len(real)).to(real.device)
+        wanted = {i for site in sites.unique().tolist() for i in self.probe.reads(site)}
+        with torch.no_grad():
+            output, states = self.patched.run(inputs, capture=wanted)
+        kind = prediction_kind(output)
+        original = log_probabilities(output, kind, real)
+        masked_output, gates, sparsity = self.masked_pass(inputs, states, sites)
+        divergence = kl_divergence(original, log_probabilities(masked_output, kind, real))
+        sparsity = (sparsity * real).sum(-1) / real.sum(-1)
+        loss = self.multipliers.penalised(sparsity, divergence, sites).mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()}: the model's states or predictions hold NaN or infinity for these inputs, "
+                "or the learning rate is too high"
+            )
+        if self.training:
+            self.multipliers.observe(divergence, sites)
+        self.statistics.add(sites, divergence, ((gates != 0) * real).sum(-1) / real.sum(-1))
+        return {"loss": loss}
+
+    def draw_sites(self, examples: int) -> Tensor:
+        """(B,) the deepest site that the probe may look at, for each example."""
+        count = self.probe.num_sites
+        if self.recipe.draw == "batch":
+            return torch.randint(count, (1,)).expand(examples)
+        # whole permutations of the sites, cut to length: no site is drawn twice before all others were
+        rounds = -(-examples // count)
+        return torch.cat([torch.randperm(count) for _ in range(rounds)])[:examples]
+
+    def masked_pass(self, inputs: dict, states: dict[int, Tensor], sites: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """The masked output, and (B, T) gates and log P(z != 0) of each example at its site."""
+        step = self._input_masking if self.probe.masking == "input" else self._hidden_masking
+        return step(inputs, states, sites)
+
+    def _input_masking(self, inputs: dict, states: dict[int, Tensor], sites: Tensor) -> tuple[Any, Tensor, Tensor]:
+        with float32_gates(states[0]):
+            logits = self.probe.logits(states, int(sites.max()))
+            beyond = torch.arange(logits.shape[-1], device=sites.device) > sites[:, None, None]
+            logits = logits.masked_fill(beyond, ALWAYS_OPEN)
+            mixed, gates, opens = gate_mix(states[0], logits, self.probe.baseline(0), rank_seed(states[0].device))
+            sparsity = opens[..., -1]
+            if self.recipe.credit == "own":
+                own = log_open(logits.gather(-1, sites[:, None, None].expand(*logits.shape[:2], 1)).squeeze(-1))
+                sparsity = own + (sparsity - own).detach()
+        return self.patched.run(inputs, resume=(0, mixed)).output, gates[..., -1], sparsity
+
+    def _hidden_masking(self, inputs: dict, states: dict[int, Tensor], sites: Tensor) -> tuple[Any, Tensor, Tensor]:
+        replacements, gates, sparsity = {}, [], []
+        order = []
+        for site in sites.unique().tolist():
+            rows = (sites == site).nonzero().squeeze(-1)
+            with float32_gates(states[site]):
+                state = states[site][rows]
+                logits = self.probe.logits({site: state}, site)
+                mixed = gate_mix(state, logits, self.probe.baseline(site), rank_seed(state.device))
+            # other rows were replaced below this site: their state here is what came up from there
+            replacements[site] = lambda above, rows=rows, new=mixed.mixed: above.index_copy(0, rows, new.to(above.dtype))
+            gates.append(mixed.gates[..., -1])
+            sparsity.append(mixed.log_open[..., -1])
+            order.append(rows)
+        lowest = min(replacements)
+        entering = replacements.pop(lowest)(states[lowest])
+        output = self.patched.run(inputs, resume=(lowest, entering), replace=replacements).output
+        back = torch.cat(order).argsort()
+        return output, torch.cat(gates)[back], torch.cat(sparsity)[back]
+
+
+def float32_gates(state: Tensor) -> torch.autocast:
+    """The gates' arithmetic stays float32 when the frozen model runs in a lower precision."""
+    return torch.autocast(state.device.type, enabled=False)
+
+
+def rank_seed(device: torch.device) -> Tensor:
+    """A seed from the global generator, different on every process though their generators agree."""
+    seed = draw_seed(device=device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        seed = seed + torch.distributed.get_rank() * torch.tensor([0x5851F42D4C957F2D, 0], device=device)
+    return seed
+
+
+class Statistics:
+    """Running means per site since the last look, for the log."""
+
+    def __init__(self, sites: int) -> None:
+        self.sums = torch.zeros(3, sites)
+
+    def add(self, sites: Tensor, divergence: Tensor, opened: Tensor) -> None:
+        rows = torch.stack([torch.ones_like(divergence), divergence.detach(), opened.to(divergence.dtype)])
+        self.sums.index_add_(1, sites.cpu(), rows.detach().float().cpu())
+
+    def take(self) -> dict[str, float]:
+        """`kl_<site>` and `open_<site>` for the sites drawn, and start anew."""
+        count, divergence, opened = self.sums
+        means = {}
+        for site in count.nonzero().squeeze(-1).tolist():
+            means[f"kl_{site}"] = round((divergence[site] / count[site]).item(), 4)
+            means[f"open_{site}"] = round((opened[site] / count[site]).item(), 4)
+        self.sums.zero_()
+        return means

@@ -1,0 +1,48 @@
+"""Recipes: every number that decides how a probe is trained, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a probe is trained.
+
+    Attributes:
+        tolerance: the KL (nats, mean over examples) that the masked prediction may differ by.
+        bias, bound: of the gate heads, see `GateHead`.
+        draw: "batch" draws one site for all examples of a step, "example" one for each, as evenly as they go.
+        credit: "all" lets the sparsity of a site train the gates of all sites that multiply there; "own" lets it
+            train that site's own gate only. The KL trains all of them either way.
+        multiplier: "ascent" is gradient ascent by the optimiser, clamped; "control" is a proportional-integral
+            controller of the multiplier's logarithm, see `training.multipliers`.
+        initial_multiplier: where the multipliers start.
+        multiplier_rate: learning rate of the ascent, or integral gain a draw of the controller.
+        largest_multiplier: where they are clamped.
+        optimizer: "adam" or "lookahead-rmsprop".
+        learning_rate, baseline_learning_rate: of the gate heads and of the baselines.
+        schedule, warmup_steps: learning-rate schedule by its Hugging Face name.
+        epochs: passes over the data.
+        batch_size: examples a step.
+    """
+
+    tolerance: float = 1.0
+    bias: float = 2.0
+    bound: float | None = 5.0
+    draw: str = "example"
+    credit: str = "own"
+    multiplier: str = "control"
+    initial_multiplier: float = 3.0
+    multiplier_rate: float = 0.01
+    largest_multiplier: float = 50.0
+    optimizer: str = "adam"
+    learning_rate: float = 2e-3
+    baseline_learning_rate: float = 1e-3
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    epochs: float = 2.0
+    batch_size: int = 8
+
+    def to_dict(self) -> dict:
+        return asdict(self)

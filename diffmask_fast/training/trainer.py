@@ -1,0 +1,177 @@
+"""Probe training on the Hugging Face Trainer: it brings the bar, the log, checkpoints, resume, bf16 and `torchrun`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from diffmask_fast.data import Examples
+from diffmask_fast.masking import frozen
+from diffmask_fast.probes import Probe
+from diffmask_fast.sites import patch
+from diffmask_fast.training.multipliers import Ascent
+from diffmask_fast.training.objective import Objective
+from diffmask_fast.training.recipe import Recipe
+
+COMPLETE = "complete"  # the file that marks a checkpoint as wholly written
+
+
+class ProbeTrainer(Trainer):
+    """Trains the `Objective` of a probe; everything that a recipe decides is read from it."""
+
+    def __init__(self, objective: Objective, examples: Examples, args: TrainingArguments, **more: Any) -> None:
+        self.objective = objective
+        self.examples = examples
+        super().__init__(objective, args, data_collator=examples.collate, train_dataset=examples, **more)
+        self.add_callback(_MarkComplete())
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = optimizer_for(self.objective)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        # by length, so that little is padded; given here because the name of the argument differs between versions
+        return LengthGroupedSampler(self.args.train_batch_size, lengths=self.examples.lengths)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, **self.objective.statistics.take()} if "loss" in logs else logs, *args, **kwargs)
+
+
+class _MarkComplete(TrainerCallback):
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def optimizer_for(objective: Objective) -> torch.optim.Optimizer:
+    """One optimiser for both players: the multipliers' group climbs (`maximize=True`)."""
+    recipe, probe = objective.recipe, objective.probe
+    groups: list[dict[str, Any]] = [
+        {"params": list(probe.heads.parameters()), "lr": recipe.learning_rate},
+        {"params": list(probe.baselines.parameters()), "lr": recipe.baseline_learning_rate},
+    ]
+    if isinstance(objective.multipliers, Ascent):
+        groups.append({"params": [objective.multipliers.value], "lr": recipe.multiplier_rate, "maximize": True})
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(groups, betas=(0.9, 0.98))
+    from pytorch_optimizer import Lookahead
+
+    return Lookahead(torch.optim.RMSprop(groups, centered=True), k=6, alpha=0.5)
+
+
+def train_probe(
+    model: nn.Module,
+    probe: Probe,
+    examples: Examples,
+    recipe: Recipe,
+    output_dir: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    bf16: bool = False,
+    resume: bool = False,
+    save_steps: int = 200,
+    quiet: bool = False,
+) -> Objective:
+    """Train a probe on a frozen model.
+
+    Args:
+        model: a trained model with sites; it is frozen meanwhile and left as it was.
+        probe: a fresh probe, see `fresh_probe`.
+        examples: what to train on.
+        recipe: every hyperparameter.
+        output_dir: where the checkpoints go.
+        seed: of everything drawn.
+        bf16: run the frozen model in bfloat16; the gates stay float32.
+        resume: go on from the newest complete checkpoint in `output_dir`, to the same bits.
+        save_steps: steps between checkpoints.
+        quiet: no bar, no log on the terminal.
+
+    Returns:
+        The objective, with the trained probe and the multipliers.
+    """
+    args = TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=recipe.batch_size,
+        num_train_epochs=recipe.epochs,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup_steps,
+        learning_rate=recipe.learning_rate,
+        max_grad_norm=0.0,
+        seed=seed,
+        bf16=bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=2,
+        logging_steps=50,
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=[],
+        disable_tqdm=quiet,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+    )
+    model.to(args.device)
+    checkpoint = newest_checkpoint(output_dir) if resume else None
+    with frozen(model), patch(model) as patched:
+        trainer = ProbeTrainer(Objective(patched, probe, recipe), examples, args)
+        if quiet:
+            from transformers import PrinterCallback
+
+            trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.objective
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The last checkpoint that was written whole, or None; one cut off by a crash is passed over."""
+    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+@torch.no_grad()
+def fresh_probe(
+    model: nn.Module, examples: Examples, recipe: Recipe, masking: str, *, width: int | None = None, mask_token: int | None = None
+) -> Probe:
+    """An untrained probe for a model: one head per site, baselines where the model is at home.
+
+    Args:
+        model: the model to explain.
+        examples: some texts for it, for the widths and the mean states.
+        recipe: gives the heads' bias and bound.
+        masking: "input" or "hidden".
+        width: hidden width of the heads.
+        mask_token: id of the mask token; its word embedding starts the input baseline. Without it, and for hidden
+            masking, a baseline starts at the mean state over real tokens.
+    """
+    with frozen(model), patch(model) as patched:
+        sites = range(len(patched.sites))
+        sums: list[Any] = [0.0] * len(sites)
+        count = 0
+        for batch in _some_batches(examples):
+            inputs = examples.collate([examples[i] for i in batch])
+            inputs = {name: value.to(next(model.parameters()).device) for name, value in inputs.items()}
+            states = patched.run(inputs, capture=sites).states
+            real = inputs["attention_mask"].bool()
+            count += int(real.sum())
+            for i in sites:
+                sums[i] = sums[i] + states[i][real].double().sum(0)
+    sizes = [len(total) for total in sums]
+    probe = Probe(sizes, masking, width=width, bound=recipe.bound, bias=recipe.bias)
+    for i, baseline in enumerate(probe.baselines):
+        baseline.copy_(sums[i] / count)
+    if masking == "input" and mask_token is not None:
+        probe.baselines[0].copy_(model.get_input_embeddings().weight[mask_token])
+    return probe.to(next(model.parameters()).device)
+
+
+def _some_batches(examples: Examples, texts: int = 1024, size: int = 64) -> Sequence[list[int]]:
+    few = list(range(0, len(examples), max(1, len(examples) // texts)))
+    return [few[i : i + size] for i in range(0, len(few), size)]
