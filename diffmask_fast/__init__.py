@@ -15,6 +15,20 @@ _MODULE_OF = {
     "draw_seed": "diffmask_fast.ops",
     "gate_mix": "diffmask_fast.ops",
     "HardConcrete": "diffmask_fast.distributions",
+    "Site": "diffmask_fast.sites",
+    "patch": "diffmask_fast.sites",
+    "register_sites": "diffmask_fast.sites",
+    "sites_of": "diffmask_fast.sites",
+    "Probe": "diffmask_fast.probes",
+    "load_probe": "diffmask_fast.probes",
+    "save_probe": "diffmask_fast.probes",
+    "Attributions": "diffmask_fast.attribution",
+    "explain": "diffmask_fast.attribution.explain",
+    "Examples": "diffmask_fast.data",
+    "encode": "diffmask_fast.data",
+    "Recipe": "diffmask_fast.training.recipe",
+    "fresh_probe": "diffmask_fast.training.trainer",
+    "train_probe": "diffmask_fast.training.trainer",
 }
 
 __all__ = ["__version__", *_MODULE_OF]  # noqa: PLE0604

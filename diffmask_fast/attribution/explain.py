@@ -93,10 +93,7 @@ def explain_batch(patched: Patched, probe: Probe, texts: Examples, batch: list[i
         check_finite(state, f"the model's state at site {site} ({patched.sites[site].name})")
     real = inputs["attention_mask"]
     kind = prediction_kind(output)
-    second = [[segment == 2 for segment in texts.segments[i]] for i in batch]
-    allowed = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in second], batch_first=True).to(
-        device
-    )
+    allowed = allowed_span(texts, batch).to(real.device)
     original = log_probabilities(output, kind, real)
     predicted = answers(original, allowed)
     keep = keep_probabilities(probe, states)

@@ -41,8 +41,6 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name].module)
 
 
-# Dynamo then takes the answer into the graph as a constant instead of tracing how it is found.
-@torch.compiler.assume_constant_result
 def choose(name: str, device: str, dtype: torch.dtype) -> str:
     """The name of the backend for states of a device type and dtype.
 
@@ -62,6 +60,11 @@ def choose(name: str, device: str, dtype: torch.dtype) -> str:
     if reason is not None:
         raise RuntimeError(f"{asked_by}{name!r} can't run: {reason}")
     return name
+
+
+# Dynamo takes the answer into the graph as a constant instead of tracing how it is found. This is all that
+# torch.compiler.assume_constant_result does, less its import of Dynamo, which takes a second.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _automatic(device: str, dtype: torch.dtype) -> str:

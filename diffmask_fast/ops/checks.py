@@ -32,7 +32,7 @@ def check_law(temperature: float, left: float, right: float) -> None:
     for name, value in (("temperature", temperature), ("left", left), ("right", right)):
         if not isinstance(value, (int, float)):
             raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:  # Dynamo traces this, and not math.isfinite
             raise ValueError(f"{name} is {value}, expected a finite number")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected a number above 0")

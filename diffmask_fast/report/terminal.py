@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import IO
 
 from rich import box
@@ -172,3 +173,14 @@ def _plain(console: Console, text: str) -> Text:
     """Text that is printed as it stands: no markup, nothing that the stream's encoding lacks."""
     lines = "\n".join(printable(line) for line in text.split("\n"))
     return Text(lines.encode(console.encoding, "backslashreplace").decode(console.encoding))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | float]], file: IO[str] | None = None) -> None:
+    """Print a table of names and numbers."""
+    console = Console(file=file)
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        shown.add_row(*(value if isinstance(value, str) else f"{value:.4f}" for value in row))
+    console.print(shown)

@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from dataclasses import replace
 from typing import Any
 
+import torch
+
+from diffmask_fast import runs
+from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import Examples, TooLongError, encode, length_limit
+from diffmask_fast.models import load_for
+from diffmask_fast.probes import save_probe
 from diffmask_fast.training.recipe import Recipe
 
 RECIPES = {
@@ -84,20 +92,71 @@ def squad_examples(pairs: list[tuple[str, str]], tokenizer: Any, model: Any) -> 
     return encode(tokenizer, fitting, model), len(pairs) - len(fitting)
 
 
-def load_model(path: str) -> tuple[Any, Any]:
-    """Model and tokenizer from a folder or a hub name, in float32.
+def run(
+    model_path: str,
+    train: str | os.PathLike[str],
+    evaluate: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    recipe: str = "steady",
+    resume: bool = False,
+    bf16: bool = True,
+    limit: int | None = None,
+    epochs: float | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train an input-masking probe over all sites and measure it on the evaluation questions.
 
-    Raises:
-        ValueError: the model has no span head.
+    Args:
+        model_path: folder or hub name of a question-answering model.
+        train, evaluate: SQuAD files or hub data sets.
+        out: folder for everything that the run leaves.
+        seed: of everything drawn.
+        recipe: a name in `RECIPES`.
+        resume: go on with the run in `out`.
+        bf16: run the frozen model in bfloat16 while training; it is measured in float32.
+        limit: use only so many questions of each file.
+        epochs: instead of the recipe's.
+        quiet: no bars.
+
+    Returns:
+        The metrics: `sites.<name>` and `overall` with what `attribution_metrics` and `sampled_metrics` measure, counts
+        of questions, `seconds` (all of it, this time).
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+    start = time.monotonic()
+    chosen = RECIPES[recipe] if epochs is None else replace(RECIPES[recipe], epochs=epochs)
+    config = {"task": "squad", "model": str(model_path), "train": str(train), "eval": str(evaluate), "seed": seed}
+    config |= {"limit": limit, "bf16": bf16, "recipe": recipe, **chosen.to_dict()}
+    pairs, eval_pairs = read_squad(train)[:limit], read_squad(evaluate, "validation")[:limit]
+    folder = runs.begin(out, config, resume)
+    if (folder / runs.METRICS).exists():
+        return runs.read_json(folder / runs.METRICS)
+    from transformers import AutoTokenizer
 
-    config = AutoConfig.from_pretrained(path)
-    if not any("QuestionAnswering" in name for name in config.architectures or ()):
-        raise ValueError(
-            f"{path} holds a {', '.join(config.architectures or ['model'])}, not a question-answering model: give one "
-            "that was fine-tuned on SQuAD"
-        )
-    model = AutoModelForQuestionAnswering.from_pretrained(path, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(path)
+    from diffmask_fast.training.evaluation import attribution_metrics, by_site, sampled_metrics
+    from diffmask_fast.training.trainer import fresh_probe, train_probe
+
+    model = load_for(model_path, "QuestionAnswering")
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    training, too_long = squad_examples(pairs, tokenizer, model)
+    evaluation, eval_too_long = squad_examples(eval_pairs, tokenizer, model)
+    if too_long + eval_too_long and not quiet:
+        print(f"left out, longer than the model takes: {too_long} training and {eval_too_long} evaluation questions")
+    torch.manual_seed(seed)
+    probe = fresh_probe(model, training, chosen, "input", mask_token=tokenizer.mask_token_id)
+    train_probe(
+        model, probe, training, chosen, folder / "checkpoints", seed=seed, bf16=bf16, resume=resume, quiet=quiet
+    )
+    probe.eval()
+    meta = {"task": "squad", "model": str(model_path), "seed": seed, "recipe": recipe, "versions": runs.versions()}
+    save_probe(probe, folder / "probe.safetensors", meta)
+    attributions = explain(model, probe, evaluation, meta=meta, show_progress=not quiet)
+    sampled = sampled_metrics(model, probe, evaluation, seed=seed, show_progress=not quiet)
+    metrics = {
+        **by_site(attributions.site_names, sampled, attribution_metrics(attributions)),
+        "questions": {"train": len(training), "eval": len(evaluation), "too_long": [too_long, eval_too_long]},
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    runs.finish(folder, metrics, attributions, "SQuAD: which words are needed")
+    return metrics

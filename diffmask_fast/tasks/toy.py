@@ -8,14 +8,19 @@ dropped, and behind the encoder everything but the query's digits can (De Cao et
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffmask_fast import runs
 from diffmask_fast.attribution import Attributions
+from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import Examples
+from diffmask_fast.files import replacing
+from diffmask_fast.probes import save_probe
 from diffmask_fast.sites import register_sites
 from diffmask_fast.training.recipe import Recipe
 
@@ -189,3 +194,49 @@ def distances(attributions: Attributions, examples: Examples) -> dict[str, dict[
 def relative_entropy(p: Tensor, q: Tensor) -> Tensor:
     """Sum of p log(p / q) in nats; positions with p = 0 count 0."""
     return torch.where(p > 0, p * (p / q).log(), 0.0).sum()
+
+
+def run(
+    out: str | os.PathLike[str], *, seed: int = 0, recipe: str = "steady", resume: bool = False, quiet: bool = False
+) -> dict:
+    """Train the network and both probes, measure them against the truth, and leave everything in the folder `out`.
+
+    Returns:
+        The metrics: `task_accuracy`, `sites.{embedding,hidden}.{kl,js,open}`, `seconds` (all of it, this time).
+    """
+    start = time.monotonic()
+    folder = runs.begin(out, {"task": "toy", "seed": seed, "recipe": recipe, **RECIPES[recipe].to_dict()}, resume)
+    if (folder / runs.METRICS).exists():
+        return runs.read_json(folder / runs.METRICS)
+    from safetensors.torch import load_file, save_file
+
+    from diffmask_fast.training.trainer import fresh_probe, train_probe
+
+    training, validation = split(toy_examples(EXAMPLES, seed))
+    weights = folder / "model.safetensors"
+    if weights.exists():
+        model = ToyModel()
+        model.load_state_dict(load_file(weights))
+    else:
+        model = train_model(training, folder / "checkpoints", seed=seed, quiet=quiet)
+        with replacing(weights) as temporary:
+            save_file(model.state_dict(), temporary)
+    torch.manual_seed(seed)
+    probe = fresh_probe(model, validation, RECIPES[recipe], "hidden", width=PROBE_WIDTH)
+    train_probe(
+        model, probe, training, RECIPES[recipe], folder / "checkpoints", seed=seed, resume=resume, quiet=quiet
+    )
+    model.cpu()
+    probe.cpu().eval()
+    meta = {"task": "toy", "seed": seed, "recipe": recipe, "versions": runs.versions()}
+    save_probe(probe, folder / "probe.safetensors", meta)
+    attributions = explain(model, probe, validation, batch_size=VALIDATION, meta=meta)
+    metrics = {
+        "task_accuracy": accuracy(model, validation),
+        "sites": distances(attributions, validation),
+        "divergence": attributions.divergence.mean(0).tolist(),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    longest = max(range(len(validation)), key=validation.lengths.__getitem__)
+    runs.finish(folder, metrics, attributions, "Toy task: which digits are needed", longest)
+    return metrics

@@ -65,7 +65,7 @@ class Control(nn.Module):
     def penalised(self, sparsity: Tensor, divergence: Tensor, sites: Tensor) -> Tensor:
         """(B,) terms of the loss, scaled by 1 / (1 + multiplier) so that no site's gradient drowns another's."""
         multiplier = self.current()[sites]
-        return (sparsity + multiplier * (divergence - self.tolerance)) / (1 + multiplier)
+        return (sparsity + multiplier * (divergence / self.tolerance - 1)) / (1 + multiplier)
 
     @torch.no_grad()
     def observe(self, divergence: Tensor, sites: Tensor) -> None:

@@ -30,6 +30,7 @@ class ProbeTrainer(Trainer):
         self.objective = objective
         self.examples = examples
         super().__init__(objective, args, data_collator=examples.collate, train_dataset=examples, **more)
+        self.model_accepts_loss_kwargs = False  # the objective hands its arguments to the frozen model
         self.add_callback(_MarkComplete())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -111,7 +112,7 @@ def train_probe(
         save_strategy="steps",
         save_steps=save_steps,
         save_total_limit=2,
-        logging_steps=50,
+        logging_steps=0.05,  # of all steps
         report_to=[],
         remove_unused_columns=False,
         label_names=[],

@@ -1,0 +1,138 @@
+"""The command line: `diffmask-fast train | explain | show | doctor`."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="At which layer does a frozen model know what it may forget?")
+train_app = typer.Typer(no_args_is_help=True, help="Train a probe on a task; leaves metrics.json, probe and pictures in --out.")
+app.add_typer(train_app, name="train")
+
+Out = Annotated[Path, typer.Option(help="Folder for everything that the run leaves.")]
+Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+
+
+class RecipeName(str, Enum):
+    steady = "steady"
+    published = "published"
+
+
+RecipeOption = Annotated[RecipeName, typer.Option(help="steady: ours. published: the paper's code.")]
+
+
+@train_app.command("toy")
+def train_toy(out: Out, seed: Seed = 0, recipe: RecipeOption = RecipeName.steady, resume: Resume = False) -> None:
+    """Digits in a sequence: train the network, then both probes, and compare with the known truth."""
+    from diffmask_fast.report import terminal
+    from diffmask_fast.tasks import toy
+
+    metrics = toy.run(out, seed=seed, recipe=recipe.value, resume=resume)
+    terminal.table(
+        "DiffMask on the toy task: distance to the truth, in nats",
+        ("site", "D_KL", "D_JS", "P(keep)"),
+        [(name, site["kl"], site["js"], site["open"]) for name, site in metrics["sites"].items()],
+    )
+    typer.echo(f"task accuracy {metrics['task_accuracy']:.4f}, {metrics['seconds']} s; look at {out / 'report.html'}")
+
+
+@train_app.command("squad")
+def train_squad(
+    model: Annotated[str, typer.Option(help="Folder or hub name of a question-answering model.")],
+    train: Annotated[str, typer.Option(help="SQuAD JSON file or hub data set to train on.")],
+    evaluate: Annotated[str, typer.Option("--eval", help="SQuAD JSON file or hub data set to measure on.")],
+    out: Out,
+    seed: Seed = 0,
+    recipe: RecipeOption = RecipeName.steady,
+    resume: Resume = False,
+    bf16: Annotated[bool, typer.Option(help="Run the frozen model in bfloat16 while training.")] = True,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Use only so many questions of each file.")] = None,
+    epochs: Annotated[Optional[float], typer.Option(min=0.0, help="Instead of the recipe's.")] = None,
+) -> None:
+    """Question answering: an input-masking probe over all sites."""
+    from diffmask_fast.report import terminal
+    from diffmask_fast.tasks import squad
+
+    metrics = squad.run(
+        model, train, evaluate, out, seed=seed, recipe=recipe.value, resume=resume, bf16=bf16, limit=limit, epochs=epochs
+    )
+    columns = ("sampled_kl", "sampled_open", "kl", "open", "open_question", "open_passage", "kept_prediction")
+    rows = [(name, *(site[column] for column in columns)) for name, site in metrics["sites"].items()]
+    terminal.table("DiffMask, input masking, on the evaluation questions", ("site", *columns), rows)
+    typer.echo(f"{metrics['seconds']} s; look at {out / 'report.html'}")
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Option(help="Folder or hub name of the model that the probe was trained on.")],
+    probe: Annotated[Path, typer.Option(help="probe.safetensors of a run.")],
+    out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
+    text: Annotated[list[str], typer.Option(help="A text, or a question; may be given several times.")],
+    passage: Annotated[Optional[list[str]], typer.Option(help="The passage of each --text, for pairs.")] = None,
+) -> None:
+    """Explain texts with a trained probe."""
+    from transformers import AutoTokenizer
+
+    from diffmask_fast.attribution.explain import explain as explain_texts
+    from diffmask_fast.models import load_for
+    from diffmask_fast.probes import load_probe
+    from diffmask_fast.report import terminal
+
+    if passage and len(passage) != len(text):
+        raise ValueError(f"{len(text)} --text and {len(passage)} --passage: give one passage for each text, or none")
+    texts = list(zip(text, passage, strict=True)) if passage else list(text)
+    result = explain_texts(load_for(model), load_probe(probe), texts, AutoTokenizer.from_pretrained(model))
+    result.save(out)
+    for one in result:
+        terminal.show(one)
+    typer.echo(f"saved {out}; look at it again with: diffmask-fast show {out}")
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="attributions.safetensors, or the folder of a run.")],
+    index: Annotated[Optional[int], typer.Option(help="One text, by number; without it the averages.")] = None,
+    site: Annotated[Optional[int], typer.Option(help="Of --index: the site whose tokens are coloured.")] = None,
+    figure: Annotated[Optional[Path], typer.Option(help="Write a picture (.png, .pdf) here.")] = None,
+    html: Annotated[Optional[Path], typer.Option(help="Write a page to click through here.")] = None,
+) -> None:
+    """Look at attributions: terminal, picture, page."""
+    from diffmask_fast.attribution import Attributions
+    from diffmask_fast.report import terminal
+
+    result = Attributions.load(path / "attributions.safetensors" if path.is_dir() else path)
+    if index is None:
+        terminal.summary(result)
+    else:
+        terminal.show(result[index], site)
+    if figure is not None:
+        from diffmask_fast.report import figure as figures
+
+        figures.by_site(result, figure) if index is None else figures.heatmap(result[index], figure)
+    if html is not None:
+        from diffmask_fast.report import html as pages
+
+        pages.write(result, html)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, backends, threads, and a short check of the operation against its oracle."""
+    from diffmask_fast import doctor as check
+
+    if not check.report():
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, RuntimeError, IndexError, ImportError, FloatingPointError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""The experiments: data, model, recipe and one function that runs it all."""

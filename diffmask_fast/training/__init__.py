@@ -1,0 +1,1 @@
+"""Training a probe: recipe, multipliers, objective, trainer, evaluation."""
