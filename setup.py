@@ -1,4 +1,4 @@
-"""Builds the C++ library beside the Python package, where that can be done; everything else is in pyproject.toml."""
+"""Builds the C++ library, where that can be done; everything else is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ FLAGS = [
     "-O3",
     "-g0",
     "-fvisibility=hidden",
-    # Together these let GCC vectorise the gate's math; without contraction every instruction set gives the same bits.
+    # Together these let GCC vectorise the gate's math; without contraction every instruction set gives the
+    # same bits.
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=off",
@@ -46,7 +47,9 @@ def reach_torch() -> None:
     try:
         import torch
     except ImportError as error:
-        raise RuntimeError(f"no torch to build against ({error}); install torch, then --no-build-isolation") from None
+        raise RuntimeError(
+            f"no torch to build against ({error}); install torch, then --no-build-isolation"
+        ) from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         raise RuntimeError(f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
 
@@ -66,7 +69,7 @@ def configure(extension: Extension) -> None:
 
 
 class Build(build_ext):
-    """Leaves the library out, and says so, rather than fail: the package has its reference backend without it."""
+    """Leaves the library out, and says so, rather than fail: the reference backend needs none."""
 
     def run(self) -> None:
         try:

@@ -104,7 +104,7 @@ GATE_INLINE float log_of_positive(float x) {
   return log_of_reduced(mantissa - 1.0f, k);
 }
 
-// log(1 + x) for 0 <= x <= 1, within 1 ulp.
+// log(1 + x) for 0 <= x <= 1, within 2 ulp.
 GATE_INLINE float log1p_of_unit(float x) {
   // k = x > sqrt(2) - 1, taken from a sign bit: a comparison would make compilers compute the polynomial twice.
   const float k = static_cast<float>(static_cast<int32_t>(bits_of(0.41421357f - x) >> 31));

@@ -73,7 +73,13 @@ class Examples:
         )
 
     def batches(self, size: int) -> list[list[int]]:
-        """Indices in batches of similar length, so that little is padded."""
+        """Indices in batches of similar length, so that little is padded.
+
+        Raises:
+            ValueError: `size` is below 1.
+        """
+        if size < 1:
+            raise ValueError(f"the batch size is {size}; expected 1 or more")
         order = sorted(range(len(self)), key=self.lengths.__getitem__)
         return [order[i : i + size] for i in range(0, len(order), size)]
 
@@ -92,8 +98,9 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any) -
         raise ValueError("texts is empty: give at least one")
     for i, text in enumerate(texts):
         parts = (text,) if isinstance(text, str) else text
-        if not isinstance(parts, tuple | list) or not 1 <= len(parts) <= 2 or not all(isinstance(p, str) for p in parts):
-            raise TypeError(f"text {i}: expected a text or a pair of texts, got {text!r:.80}")
+        pair = isinstance(text, tuple | list) and len(text) == 2
+        if not (isinstance(text, str) or pair) or not all(isinstance(part, str) for part in parts):
+            raise TypeError(f"text {i}: expected a text or a pair of texts, got {repr(text)[:80]}")
         if not all(part.strip() for part in parts):
             raise ValueError(f"text {i} is empty: leave it out")
     rows = [(text, None) if isinstance(text, str) else tuple(text) for text in texts]
@@ -115,8 +122,10 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any) -
     def describe(i: int, answer: Sequence[int]) -> str:
         if len(answer) == 2:
             offsets = encodings[i]["offset_mapping"]
-            source = rows[i][segments[i][answer[0]] - 1] if segments[i][answer[0]] else None
-            return source[offsets[answer[0]][0] : offsets[answer[1]][1]] if source else "(no span)"
+            first, last = (segments[i][token] for token in answer)
+            if first != last or first == SPECIAL:
+                return "(no span)"
+            return rows[i][first - FIRST][offsets[answer[0]][0] : offsets[answer[1]][1]]
         return str((getattr(model.config, "id2label", None) or {}).get(answer[0], answer[0]))
 
     return Examples(

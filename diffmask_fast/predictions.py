@@ -41,7 +41,7 @@ def prediction_kind(output: Any) -> str:
 
 
 def log_probabilities(output: Any, kind: str, attention_mask: Tensor | None = None) -> LogProbabilities:
-    """The model's output as float32 log-probability tables; padded positions of a span have probability 0.
+    """The model's output as log-probability tables, float32 at least; padded positions of a span have probability 0.
 
     Args:
         output: a model output with `logits`, or `start_logits` and `end_logits`, or a tensor of logits.
@@ -49,17 +49,21 @@ def log_probabilities(output: Any, kind: str, attention_mask: Tensor | None = No
         attention_mask: (B, T), 1 for real tokens; used by "span" only.
     """
     if kind == "span":
-        tables = [output.start_logits.float(), output.end_logits.float()]
+        tables = [_wide(output.start_logits), _wide(output.end_logits)]
         if attention_mask is not None:
             tables = [table.masked_fill(attention_mask == 0, _PADDING) for table in tables]
         return tuple(F.log_softmax(table, dim=-1) for table in tables)
-    logits = (output if isinstance(output, Tensor) else output.logits).float()
+    logits = _wide(output if isinstance(output, Tensor) else output.logits)
     if kind == "binary":
         logits = logits.reshape(-1)
         return (torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1),)
     if kind == "classification":
         return (F.log_softmax(logits, dim=-1),)
     raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def kl_divergence(original: LogProbabilities, masked: LogProbabilities) -> Tensor:

@@ -172,12 +172,12 @@ def load_probe(path: str | os.PathLike[str]) -> Probe:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a probe, or it is cut short ({error})") from error
-    if described.get("format") != _FORMAT:
+    if not isinstance(described, dict) or described.get("format") != _FORMAT:
         raise ValueError(f"{path} is a safetensors file, but not one that save_probe wrote")
-    probe = Probe(**described["probe"])
     try:
+        probe = Probe(**described["probe"])
         probe.load_state_dict(tensors)
-    except RuntimeError as error:
+        probe.meta = described["meta"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    probe.meta = described["meta"]
     return probe.eval()

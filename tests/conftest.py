@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +19,72 @@ def shared() -> Path:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+WORDS = (
+    "[PAD] [UNK] [CLS] [SEP] [MASK] who what where when is was the a an in of to on film fine dull old new city river "
+    "house dog cat tree bird fish king queen red blue green paris rome münchen 東 京 1 2 3 , . ? ! ##s ##ed ##ing build "
+    "walk play sing year"
+).split()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A WordPiece tokenizer of sixty words, as a Hugging Face one."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    raw.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    raw.post_processor = tokenizers.processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=32,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bert() -> Callable[..., Any]:
+    """tiny_bert(head): a BERT of two layers, 16 wide, with that head and random weights, always the same ones."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    def make(head: str = "ForSequenceClassification", **settings: Any) -> Any:
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=len(WORDS),
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=32,
+            initializer_range=0.4,  # so that predictions differ from one text to the next
+            **settings,
+        )
+        return getattr(transformers, f"Bert{head}")(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def qa_folder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Callable[..., Any], tokenizer: Any) -> Path:
+    """The folder of a small question-answering model with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "qa"
+    tiny_bert("ForQuestionAnswering").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def distributions_validate() -> None:
+    """torch.compile turns the validation of all distributions off, for the whole process and for good."""
+    torch.distributions.Distribution.set_default_validate_args(True)

@@ -55,6 +55,8 @@ def explain(
         if tokenizer is None:
             raise TypeError("tokenizer is missing: give the model's tokenizer, or texts as encoded Examples")
         texts = encode(tokenizer, [texts] if isinstance(texts, str) else texts, model)
+    if not len(texts):
+        raise ValueError("texts is empty: give at least one")
     with frozen(model), patch(model) as patched:
         check_fit(patched, probe)
         rows: list[dict[str, Any]] = [{} for _ in range(len(texts))]
@@ -95,6 +97,8 @@ def explain_batch(patched: Patched, probe: Probe, texts: Examples, batch: list[i
     kind = prediction_kind(output)
     allowed = allowed_span(texts, batch).to(real.device)
     original = log_probabilities(output, kind, real)
+    for table in original:
+        check_finite(table, "the model's prediction")
     predicted = answers(original, allowed)
     keep = keep_probabilities(probe, states)
     divergence, masked = [], []

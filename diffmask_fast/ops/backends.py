@@ -1,7 +1,7 @@
 """Which implementation runs `gate_mix`: the table, what works here, and the choice.
 
-A backend is a module with ``unavailable() -> str | None``, ``gate_mix_forward`` and ``gate_mix_backward`` (signatures
-in ``reference``). It is imported when it is first considered.
+A backend is a module with ``unavailable() -> str | None``, ``gate_mix_forward`` and ``gate_mix_backward``
+(signatures in ``reference``). It is imported when it is first considered.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def load(name: str) -> ModuleType:
 def choose(name: str, device: str, dtype: torch.dtype) -> str:
     """The name of the backend for states of a device type and dtype.
 
-    ``"auto"`` is what the environment variable DIFFMASK_FAST_BACKEND names, or else the backend made for the device,
-    or else the reference. Raises ValueError for an unknown name, and RuntimeError with the reason where a backend asked
-    for by name can't run.
+    ``"auto"`` is what the environment variable DIFFMASK_FAST_BACKEND names, or else the backend made for the
+    device, or else the reference. Raises ValueError for an unknown name, and RuntimeError with the reason
+    where a backend asked for by name can't run.
     """
     asked_by = "backend="
     if name == "auto":

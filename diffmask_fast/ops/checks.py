@@ -13,15 +13,15 @@ STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_gate_mix(
     states: Tensor, logits: Tensor, baseline: Tensor, seed: Tensor | None, generator: torch.Generator | None
 ) -> None:
-    """Raise TypeError for a wrong kind or dtype, ValueError for a wrong shape, device, stride or combination."""
+    """Raise TypeError for a wrong kind or dtype, ValueError for all else that is wrong with these."""
     for name, tensor in (("states", states), ("logits", logits), ("baseline", baseline)):
         _check_tensor(name, tensor, states)
     _check_shapes(states, logits, baseline)
     _check_dtypes(states, logits, baseline)
     if states.stride(-1) != 1:
         raise ValueError(
-            f"states have stride {states.stride(-1)} in their last dim (strides {tuple(states.stride())}), expected 1: "
-            "the values of one state must lie side by side. Call .contiguous() on them"
+            f"states have stride {states.stride(-1)} in their last dim (strides {tuple(states.stride())}), "
+            "expected 1: the values of one state must lie side by side. Call .contiguous() on them"
         )
     if seed is not None:
         _check_seed(seed, states, generator)
@@ -44,15 +44,13 @@ def check_law(temperature: float, left: float, right: float) -> None:
 
 def non_finite_error(logits: Tensor, flat_index: int) -> ValueError:
     """The error for the element of ``logits`` (..., K) at the row-major ``flat_index``."""
-    place = []
+    place: tuple[int, ...] = ()
     rest = flat_index
     for size in reversed(logits.shape):
-        place.append(rest % size)
+        place = (rest % size, *place)
         rest //= size
-    *row, gate = reversed(place)
-    value = logits[(*row, gate)].item()
     return ValueError(
-        f"logits must be finite, but row {tuple(row)}, gate {gate} is {value}. "
+        f"logits must be finite, but row {place[:-1]}, gate {place[-1]} is {logits[place].item()}. "
         "Look for an overflow or a division by zero in what computes the logits"
     )
 
@@ -63,12 +61,16 @@ def _check_tensor(name: str, tensor: Tensor, states: Tensor) -> None:
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} have layout {tensor.layout}, expected a dense tensor")
     if tensor.device != states.device:
-        raise ValueError(f"{name} is on {tensor.device} and states on {states.device}: move them to one device")
+        raise ValueError(
+            f"{name} is on {tensor.device} and states on {states.device}: move them to one device"
+        )
 
 
 def _check_shapes(states: Tensor, logits: Tensor, baseline: Tensor) -> None:
     if states.dim() < 2:
-        raise ValueError(f"states have shape {_shape(states)}, expected (..., H) with at least one dim before H")
+        raise ValueError(
+            f"states have shape {_shape(states)}, expected (..., H) with at least one dim before H"
+        )
     if logits.dim() != states.dim() or logits.shape[:-1] != states.shape[:-1]:
         raise ValueError(
             f"logits have shape {_shape(logits)} and states {_shape(states)}: expected logits of shape "
@@ -84,8 +86,8 @@ def _check_shapes(states: Tensor, logits: Tensor, baseline: Tensor) -> None:
         fits = all(b in (1, s) for b, s in zip(baseline.shape[:-1], leading, strict=True))
     if not fits:
         raise ValueError(
-            f"baseline has shape {_shape(baseline)}, which does not broadcast to states of shape {_shape(states)}: "
-            f"expected ({states.shape[-1]},), or dims before it that are 1 or the states' own"
+            f"baseline has shape {_shape(baseline)}, which does not broadcast to states of shape "
+            f"{_shape(states)}: expected ({states.shape[-1]},), or dims before it that are 1 or the states'"
         )
 
 
@@ -97,8 +99,8 @@ def _check_dtypes(states: Tensor, logits: Tensor, baseline: Tensor) -> None:
     doubles = [t.dtype == torch.float64 for t in (states, logits, baseline)]
     if any(doubles) and not all(doubles):
         raise TypeError(
-            f"states are {states.dtype}, logits {logits.dtype} and baseline {baseline.dtype}: float64 and smaller "
-            "dtypes do not mix. Make all three float64 or none"
+            f"states are {states.dtype}, logits {logits.dtype} and baseline {baseline.dtype}: float64 and "
+            "smaller dtypes do not mix. Make all three float64 or none"
         )
     if baseline.dtype not in (torch.float32, states.dtype):
         raise TypeError(f"baseline is {baseline.dtype}, expected torch.float32 or the states' {states.dtype}")
@@ -109,7 +111,9 @@ def _check_seed(seed: Tensor, states: Tensor, generator: torch.Generator | None)
         raise ValueError("both seed and generator are given: expected one of them, for one decides the gates")
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.shape != (2,):
         came = f"{seed.dtype} of shape {_shape(seed)}" if isinstance(seed, Tensor) else type(seed).__name__
-        raise TypeError(f"seed is {came}, expected an int64 tensor of shape (2,): (seed, offset), as from draw_seed()")
+        raise TypeError(
+            f"seed is {came}, expected an int64 tensor of shape (2,): (seed, offset), as from draw_seed()"
+        )
     if seed.device != states.device:
         raise ValueError(f"seed is on {seed.device} and states on {states.device}: move them to one device")
 

@@ -21,8 +21,8 @@ def unavailable() -> str | None:
     paths = sorted(Path(__file__).parent.parent.glob("_cpp*.so"))
     if not paths:
         return (
-            "diffmask_fast was installed without its C++ library. With a C++ compiler and torch installed, run: "
-            "pip install --force-reinstall --no-deps --no-build-isolation diffmask_fast"
+            "diffmask_fast was installed without its C++ library. With a C++ compiler and torch installed, "
+            "run: pip install --force-reinstall --no-deps --no-build-isolation diffmask_fast"
         )
     try:
         torch.ops.load_library(str(paths[0]))
@@ -32,13 +32,28 @@ def unavailable() -> str | None:
 
 
 def gate_mix_forward(
-    states: Tensor, logits: Tensor, baseline: Tensor, seed: Tensor, temperature: float, left: float, right: float
+    states: Tensor,
+    logits: Tensor,
+    baseline: Tensor,
+    seed: Tensor,
+    temperature: float,
+    left: float,
+    right: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     states, gate_logits = _unit_stride(states), _plain(logits)
     mixed = torch.empty(states.shape, dtype=states.dtype)
     gates, log_open = torch.empty_like(gate_logits), torch.empty_like(gate_logits)
     bad = torch.ops.diffmask_fast.gate_mix_forward_cpu(
-        states, gate_logits, _plain(baseline), seed.contiguous(), temperature, left, right, mixed, gates, log_open
+        states,
+        gate_logits,
+        _plain(baseline),
+        seed.contiguous(),
+        temperature,
+        left,
+        right,
+        mixed,
+        gates,
+        log_open,
     )
     if bad >= 0:
         raise non_finite_error(logits, bad)

@@ -1,4 +1,4 @@
-"""`gate_mix`: the fused operation, as PyTorch knows it: door, schema, shapes, gradient, dispatch to a backend."""
+"""`gate_mix`, the fused operation, as PyTorch knows it: door, schema, shapes, gradient, dispatch."""
 
 from __future__ import annotations
 
@@ -33,33 +33,35 @@ def gate_mix(
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> GateMix:
-    """Draw K Hard Concrete gates for each state and mix the state with the baseline by their product, in one pass.
+    """Draw K Hard Concrete gates for each state, and mix it with the baseline by their product, in one pass.
 
-    ``mixed = z * states + (1 - z) * baseline``, with z the product of the row's gates: where z is 0 the state is
-    replaced by the baseline, where it is 1 it stays (De Cao et al. 2020, section 3; gates: Louizos et al. 2018).
+    ``mixed = z * states + (1 - z) * baseline``, with z the product of the row's gates: where z is 0 the state
+    is replaced by the baseline, where it is 1 it stays (De Cao et al. 2020; the gates: Louizos et al. 2018).
 
     Args:
-        states: (..., H) with at least one dim before H; float32, bfloat16, float16, or float64 to check the others by
-            (reference backend). The last dim has stride 1, other dims any stride.
+        states: (..., H) with at least one dim before H; float32, bfloat16, float16, or float64 to check the
+            others by (reference backend). The last dim has stride 1, other dims any stride.
         logits: (..., K), the states' leading dims, K >= 1; any floating point dtype.
-        baseline: (H,), or (..., H) with leading dims that are 1 or the states' own; float32 or the states' dtype.
-        seed: int64 (2,), the stream that the gates are drawn from (see ``philox``). The same seed gives the same gates
-            on every backend. Without it ``draw_seed(generator)`` draws one.
+        baseline: (H,), or (..., H) with leading dims that are 1 or the states' own; float32 or the states'
+            dtype.
+        seed: int64 (2,), the stream that the gates are drawn from (see ``philox``). The same seed gives the
+            same gates on every backend. Without it ``draw_seed(generator)`` draws one.
         temperature, left, right: of the Hard Concrete; temperature > 0, left < 0, right >= 1.
-        generator: where the seed is drawn from, if not PyTorch's global generator. Activation checkpointing replays
-            the global one only: inside a checkpointed function, give ``seed`` or neither.
+        generator: where the seed is drawn from, if not PyTorch's global generator. Activation checkpointing
+            replays the global one only: inside a checkpointed function, give ``seed`` or neither.
         backend: ``"auto"``, ``"reference"`` or ``"cpu"`` (see ``backends``).
 
     Returns:
-        ``GateMix(mixed, gates, log_open)``: ``mixed`` contiguous, in the states' dtype; ``gates`` the running product
-        and ``log_open`` the running sum of log P(gate != 0) over the last dim, float32 (float64 for float64 input).
-        Gradients flow from all three to logits, baseline and, if they require it, states. They can be taken once:
-        a second derivative raises RuntimeError.
+        ``GateMix(mixed, gates, log_open)``: ``mixed`` contiguous, in the states' dtype; ``gates`` the running
+        product and ``log_open`` the running sum of log P(gate != 0) over the last dim, float32 (float64 for
+        float64 input). Gradients flow from all three to logits, baseline and, if they require it, states.
+        They can be taken once: a second derivative raises RuntimeError.
 
     Gates are computed in float32 whatever the states' dtype, also under autocast, which leaves the op alone.
 
     Raises:
-        TypeError, ValueError: wrong dtypes, shapes, devices or numbers; on the CPU also a logit that isn't finite.
+        TypeError, ValueError: wrong dtypes, shapes, devices or numbers; on the CPU also a logit that isn't
+            finite.
         RuntimeError: a backend asked for by name that can't run.
 
     Example:
@@ -143,8 +145,8 @@ def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError(
-        "gate_mix has no second derivative. Take its gradient without create_graph=True, or write the gate with "
-        "diffmask_fast.ops.reference.hard_concrete, which PyTorch can differentiate twice"
+        "gate_mix has no second derivative. Take its gradient without create_graph=True, or write the gate "
+        "with diffmask_fast.ops.reference.hard_concrete, which PyTorch can differentiate twice"
     )
 
 

@@ -1,7 +1,8 @@
-"""The oracle: the gate and the mix in plain PyTorch, for any dtype and device, written to be read beside the papers.
+"""The oracle: the gate and the mix in plain PyTorch, for any dtype and device, to be read beside the papers.
 
-Louizos et al., "Learning sparse neural networks through L0 regularization", ICLR 2018, equations 10-12, for the Hard
-Concrete; De Cao et al., "How do decisions emerge across layers in neural models?", EMNLP 2020, for the mix.
+Louizos et al., "Learning sparse neural networks through L0 regularization", ICLR 2018, equations 10-12, for
+the Hard Concrete; De Cao et al., "How do decisions emerge across layers in neural models?", EMNLP 2020, for
+the mix.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def hard_concrete(
     """The gate that a uniform gives: ``z = clamp(left + (right - left) * s, 0, 1)``, with
     ``s = sigmoid((log u - log(1 - u) + logit) / temperature)``.
 
-    All arguments broadcast; the result has their promoted dtype. ``uniforms`` must lie strictly between 0 and 1.
+    All arguments broadcast; the result has their promoted dtype. ``uniforms`` lie strictly between 0 and 1.
     """
     return _stretch(_concrete_logit(uniforms, logits, temperature).sigmoid(), left, right).clamp(0, 1)
 
@@ -46,12 +47,19 @@ def log_open(
 
 
 def gate_mix_forward(
-    states: Tensor, logits: Tensor, baseline: Tensor, seed: Tensor, temperature: float, left: float, right: float
+    states: Tensor,
+    logits: Tensor,
+    baseline: Tensor,
+    seed: Tensor,
+    temperature: float,
+    left: float,
+    right: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``mixed = z * states + (1 - z) * baseline`` with z the product of the K gates of a row.
 
-    states (..., H), logits (..., K), baseline broadcasting to states, seed int64 (2,). Returns mixed (..., H) in the
-    states' dtype, and the running product of the gates and the running sum of log P(z != 0), both (..., K).
+    states (..., H), logits (..., K), baseline broadcasting to states, seed int64 (2,). Returns mixed (..., H)
+    in the states' dtype, and the running product of the gates and the running sum of log P(z != 0), both
+    (..., K).
     """
     if logits.device.type == "cpu":  # elsewhere the question would wait for the device
         bad = ~torch.isfinite(logits)
@@ -82,8 +90,8 @@ def gate_mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for states, logits and baseline, from the inputs of ``gate_mix_forward`` alone.
 
-    A gradient that is ``None`` is zero. Where ``need_states`` or ``need_baseline`` is false an empty tensor stands for
-    that result.
+    A gradient that is ``None`` is zero. Where ``need_states`` or ``need_baseline`` is false an empty tensor
+    stands for that result.
     """
     dtype = gate_dtype(logits)
     wide = logits.to(dtype)
@@ -144,7 +152,7 @@ def _shift(temperature: float | Tensor, left: float | Tensor, right: float | Ten
 
 
 def _running_product_gradient(grad: Tensor, gates: Tensor) -> Tensor:
-    """From the gradient of the running product to that of its factors, without dividing by a factor that may be 0.
+    """From the gradient of the running product to that of its factors, without dividing by one that may be 0.
 
     With G_j = z_0 ... z_j:  dz_j = G_{j-1} * S_j,  S_j = dG_j + z_{j+1} * S_{j+1}.
     """

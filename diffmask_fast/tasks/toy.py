@@ -34,13 +34,9 @@ PROBE_WIDTH = 32
 RECIPES = {
     "steady": Recipe(
         tolerance=0.05,
-        bias=2.0,
-        bound=None,
-        initial_multiplier=3.0,
-        largest_multiplier=1e4,
         learning_rate=3e-3,
         baseline_learning_rate=3e-3,
-        epochs=50,
+        epochs=20,
         batch_size=256,
     ),
     "published": Recipe(

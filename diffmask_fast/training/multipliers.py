@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from diffmask_fast.training.recipe import Recipe
 
 SMOOTHING = 0.1  # weight of the newest batch in the running mean of a site's divergence
-PROPORTIONAL = 2.0  # the multiplier goes with this power of (running mean / tolerance)
+PROPORTIONAL = 1.0  # the multiplier goes with this power of (running mean / tolerance)
 SMALLEST = 1e-2
+URGENCY = (0.3, 4.0)  # a site that holds is still drawn, a hopeless one does not take all draws
 
 
 class Ascent(nn.Module):
@@ -41,6 +42,10 @@ class Ascent(nn.Module):
         with torch.no_grad():
             self.value.clamp_(0, self.largest)  # what the optimiser's last step may have left outside
         return sparsity + self.value[sites] * (divergence - self.tolerance)
+
+    def urgency(self) -> Tensor:
+        """(sites,) how often each site is drawn, up to scale: all alike."""
+        return torch.ones_like(self.value.detach())
 
     def observe(self, divergence: Tensor, sites: Tensor) -> None:
         """Nothing to do: the optimiser moves the parameter."""
@@ -62,6 +67,10 @@ class Control(nn.Module):
         """(sites,)"""
         return (self.integral.exp() * (self.average / self.tolerance) ** PROPORTIONAL).clamp(max=self.largest)
 
+    def urgency(self) -> Tensor:
+        """(sites,) how often each site is drawn, up to scale: the oftener, the further it is over the tolerance."""
+        return (self.average / self.tolerance).clamp(*URGENCY)
+
     def penalised(self, sparsity: Tensor, divergence: Tensor, sites: Tensor) -> Tensor:
         """(B,) terms of the loss, scaled by 1 / (1 + multiplier) so that no site's gradient drowns another's."""
         multiplier = self.current()[sites]
@@ -70,8 +79,9 @@ class Control(nn.Module):
     @torch.no_grad()
     def observe(self, divergence: Tensor, sites: Tensor) -> None:
         """Move on by what one batch showed: (B,) divergences at (B,) sites, of every process where there are several."""
-        totals = torch.zeros(2, len(self.integral), device=divergence.device)
-        totals[0].index_add_(0, sites, divergence.detach())
+        divergence = divergence.to(self.average.dtype)
+        totals = torch.zeros(2, len(self.integral), device=divergence.device, dtype=divergence.dtype)
+        totals[0].index_add_(0, sites, divergence)
         totals[1].index_add_(0, sites, torch.ones_like(divergence))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(totals)

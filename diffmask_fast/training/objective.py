@@ -53,15 +53,12 @@ class Objective(nn.Module):
             output, states = self.patched.run(inputs, capture=wanted)
         kind = prediction_kind(output)
         original = log_probabilities(output, kind, real)
+        check_finite(torch.cat(original))
         masked_output, gates, sparsity = self.masked_pass(inputs, states, sites)
         divergence = kl_divergence(original, log_probabilities(masked_output, kind, real))
         sparsity = (sparsity * real).sum(-1) / real.sum(-1)
         loss = self.multipliers.penalised(sparsity, divergence, sites).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()}: the model's states or predictions hold NaN or infinity for these inputs, "
-                "or the learning rate is too high"
-            )
+        check_finite(loss)
         if self.training:
             self.multipliers.observe(divergence, sites)
         self.statistics.add(sites, divergence, ((gates != 0) * real).sum(-1) / real.sum(-1))
@@ -72,9 +69,11 @@ class Objective(nn.Module):
         count = self.probe.num_sites
         if self.recipe.draw == "batch":
             return torch.randint(count, (1,)).expand(examples)
-        # whole permutations of the sites, cut to length: no site is drawn twice before all others were
-        rounds = -(-examples // count)
-        return torch.cat([torch.randperm(count) for _ in range(rounds)])[:examples]
+        # systematic sampling: every site gets its share of the examples, up to one more or less
+        shares = self.multipliers.urgency().cumsum(0)
+        points = (torch.arange(examples, device=shares.device) + torch.rand(()).item()) / examples
+        sites = torch.searchsorted(shares / shares[-1], points.to(shares.dtype)).clamp(max=count - 1)
+        return sites[torch.randperm(examples)]
 
     def masked_pass(self, inputs: dict, states: dict[int, Tensor], sites: Tensor) -> tuple[Any, Tensor, Tensor]:
         """The masked output, and (B, T) gates and log P(z != 0) of each example at its site."""
@@ -112,6 +111,14 @@ class Objective(nn.Module):
         output = self.patched.run(inputs, resume=(lowest, entering), replace=replacements).output
         back = torch.cat(order).argsort()
         return output, torch.cat(gates)[back], torch.cat(sparsity)[back]
+
+
+def check_finite(value: Tensor) -> None:
+    """One clear error for NaN and infinities, before they reach the gates or the weights."""
+    if not torch.isfinite(value).all():
+        raise FloatingPointError(
+            "the model's states or predictions hold NaN or infinity for these inputs, or the learning rate is too high"
+        )
 
 
 def float32_gates(state: Tensor) -> torch.autocast:

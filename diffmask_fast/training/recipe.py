@@ -12,7 +12,8 @@ class Recipe:
     Attributes:
         tolerance: the KL (nats, mean over examples) that the masked prediction may differ by.
         bias, bound: of the gate heads, see `GateHead`.
-        draw: "batch" draws one site for all examples of a step, "example" one for each, as evenly as they go.
+        draw: "batch" draws one site for all examples of a step, "example" one for each, the oftener the further a site
+            is over the tolerance.
         credit: "all" lets the sparsity of a site train the gates of all sites that multiply there; "own" lets it
             train that site's own gate only. The KL trains all of them either way.
         multiplier: "ascent" is gradient ascent by the optimiser, clamped; "control" is a proportional-integral
@@ -29,13 +30,13 @@ class Recipe:
 
     tolerance: float = 1.0
     bias: float = 2.0
-    bound: float | None = 5.0
+    bound: float | None = 10.0
     draw: str = "example"
     credit: str = "own"
     multiplier: str = "control"
-    initial_multiplier: float = 3.0
+    initial_multiplier: float = 1.0
     multiplier_rate: float = 0.01
-    largest_multiplier: float = 50.0
+    largest_multiplier: float = 100.0
     optimizer: str = "adam"
     learning_rate: float = 2e-3
     baseline_learning_rate: float = 1e-3

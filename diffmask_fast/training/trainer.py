@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from diffmask_fast.data import Examples
 from diffmask_fast.masking import frozen
 from diffmask_fast.probes import Probe
+from diffmask_fast.runs import read_json, write_json
 from diffmask_fast.sites import patch
 from diffmask_fast.training.multipliers import Ascent
 from diffmask_fast.training.objective import Objective
@@ -39,17 +41,44 @@ class ProbeTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        # by length, so that little is padded; given here because the name of the argument differs between versions
-        return LengthGroupedSampler(self.args.train_batch_size, lengths=self.examples.lengths)
+        return _ByLength(self)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **self.objective.statistics.take()} if "loss" in logs else logs, *args, **kwargs)
 
 
+class _ByLength(LengthGroupedSampler):
+    """Similar lengths together, so that little is padded. The order of an epoch follows from the seed and the epoch
+    alone: one drawn from the global generator could not be drawn again by a run that resumes within that epoch."""
+
+    def __init__(self, trainer: ProbeTrainer) -> None:
+        super().__init__(trainer.args.train_batch_size, lengths=trainer.examples.lengths)
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = int(self.trainer.state.epoch or 0)
+        self.generator = torch.Generator().manual_seed(self.trainer.args.seed + 1_000_003 * epoch)
+        return super().__iter__()
+
+
 class _MarkComplete(TrainerCallback):
+    """Leaves in each checkpoint, once all processes have written it, a file with the checksums of its files."""
+
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            sums = {path.name: _checksum(path) for path in sorted(folder.iterdir()) if path.name != COMPLETE}
+            write_json(folder / COMPLETE, sums)
+
+
+def _checksum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            total = zlib.crc32(chunk, total)
+    return total
 
 
 def optimizer_for(objective: Objective) -> torch.optim.Optimizer:
@@ -132,9 +161,23 @@ def train_probe(
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The last checkpoint that was written whole, or None; one cut off by a crash is passed over."""
+    """The last checkpoint that was written whole, or None; one cut off by a crash is passed over.
+
+    Raises:
+        ValueError: a file of that checkpoint is not as it was written.
+    """
     whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    if not whole:
+        return None
+    newest = max(whole, key=lambda path: int(path.name.split("-")[1]))
+    for name, total in read_json(newest / COMPLETE).items():
+        path = newest / name
+        if not path.is_file() or _checksum(path) != total:
+            raise ValueError(
+                f"{path} is {'damaged' if path.exists() else 'missing'}: delete the folder {newest}, and the run "
+                "resumes from the checkpoint before it, or begins anew if there is none"
+            )
+    return str(newest)
 
 
 @torch.no_grad()

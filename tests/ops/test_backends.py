@@ -46,7 +46,9 @@ def test_an_unknown_name_in_the_environment_is_an_error_that_says_where_it_came_
         backends.choose("auto", "cpu", FLOAT)
 
 
-@pytest.mark.parametrize(("device", "dtype", "reason"), [("cuda", FLOAT, "on cuda"), ("cpu", DOUBLE, "float64")])
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"), [("cuda", FLOAT, "on cuda"), ("cpu", DOUBLE, "float64")]
+)
 def test_a_backend_asked_for_by_name_that_refuses_the_states_says_why(device, dtype, reason):
     with pytest.raises(RuntimeError, match=reason):
         backends.choose("cpu", device, dtype)
@@ -81,7 +83,8 @@ def test_importing_the_ops_brings_in_nothing_but_torch():
     script = (
         "import sys, torch; before = set(sys.modules)\n"
         "import diffmask_fast, diffmask_fast.ops\n"
-        "new = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "new -= set(sys.stdlib_module_names)\n"
         "print(*sorted(new), 'torch._dynamo' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -61,4 +61,6 @@ def test_the_cpp_operators_guard_the_memory_of_those_who_call_them_directly():
     good = gate_mix(**GOOD, backend="cpu")
     wide = torch.zeros(2, 3, 9)
     with pytest.raises(RuntimeError, match="baseline"):
-        torch.ops.diffmask_fast.gate_mix_forward_cpu(wide, GOOD["logits"], GOOD["baseline"], SEED, 0.2, -0.2, 1.0, *good)
+        torch.ops.diffmask_fast.gate_mix_forward_cpu(
+            wide, GOOD["logits"], GOOD["baseline"], SEED, 0.2, -0.2, 1.0, *good
+        )

@@ -31,7 +31,10 @@ def run(case, backend, grads=None, **law):
     inputs = case[:3]
     outputs = gate_mix(*case, backend=backend, **law)
     grads = grads or gradients(outputs)
-    return (*outputs, *torch.autograd.grad(outputs, inputs, [g.to(o.dtype) for g, o in zip(grads, outputs)]))
+    return (
+        *outputs,
+        *torch.autograd.grad(outputs, inputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]),
+    )
 
 
 def gradients(outputs):
@@ -44,7 +47,8 @@ def in_float64(case):
 
 
 def assert_as_good_as_reference(ours: Tensor, plain: Tensor, exact: Tensor, eps: float) -> None:
-    """The error against float64 is at most twice that of plain PyTorch in the same precision, and a rounding or two."""
+    """The error against float64 is at most twice that of plain PyTorch in the same precision, and a rounding
+    or two."""
     error = (ours.double() - exact).abs().max()
     allowed = 2 * (plain.double() - exact).abs().max() + 4 * eps * exact.abs().max()
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
@@ -169,7 +173,11 @@ def test_states_with_any_outer_strides_give_what_their_copy_gives(case, dtype):
     _, logits, baseline, _ = case((3, 7, 2), 43, 2)
     assert not view.is_contiguous()
     for states in (view, view.contiguous()):
-        inputs = (states.detach().requires_grad_(), logits.detach().requires_grad_(), baseline.detach().requires_grad_())
+        inputs = (
+            states.detach().requires_grad_(),
+            logits.detach().requires_grad_(),
+            baseline.detach().requires_grad_(),
+        )
         outputs = gate_mix(*inputs, big.seed, backend="cpu")
         grads = gradients(outputs)
         result = (*outputs, *torch.autograd.grad(outputs, inputs, grads))
@@ -196,7 +204,9 @@ def test_each_output_alone_has_the_gradients_of_the_formula(case, backend, outpu
     ours = gate_mix(*inputs, backend=backend)[output]
     grad = gradients([ours])[0]
     expected = torch.autograd.grad(reference_output, exact[:3], grad.double(), allow_unused=True)
-    for mine, theirs in zip(torch.autograd.grad(ours, inputs[:3], grad, allow_unused=True), expected, strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, inputs[:3], grad, allow_unused=True), expected, strict=True
+    ):
         # As above: the condition of the slope is that of z / temperature.
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
 

@@ -26,7 +26,8 @@ def test_pytorch_finds_nothing_wrong_with_the_operators(case, backend):
         arguments = (*grads, *plain, *LAW, backend, need_states, need_baseline)
         torch.library.opcheck(torch.ops.diffmask_fast.gate_mix_backward.default, arguments)
     torch.library.opcheck(
-        torch.ops.diffmask_fast.gate_mix_backward.default, (None, None, None, *plain, *LAW, backend, True, True)
+        torch.ops.diffmask_fast.gate_mix_backward.default,
+        (None, None, None, *plain, *LAW, backend, True, True),
     )
 
 

@@ -1,0 +1,55 @@
+# `make help` lists what can be made. Everything lives in .venv and runs; nothing outside this folder is touched.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# 3.11 is what the pinned versions were tested with; 3.10 or newer does.
+PYTHON := $(shell command -v python3.11 || command -v python3)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+# Tests of sites run against the oldest supported line of transformers too.
+OLD_TRANSFORMERS := $(VENV)/transformers-4.57
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+setup: $(VENV)/.dev ## .venv with the package, its extras and the tools of development
+
+# pip with torch there, which the build needs.
+define prepare
+test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(PIP) install --quiet --constraint constraints.txt torch numpy setuptools
+endef
+
+$(VENV)/.package: $(SOURCES)
+	$(prepare)
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[all]'
+	touch $@
+
+$(VENV)/.dev: $(SOURCES)
+	$(prepare)
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[all,dev]'
+	touch $@ $(VENV)/.package
+
+$(OLD_TRANSFORMERS)/.done: $(VENV)/.dev
+	$(PIP) install --quiet --no-deps --target $(OLD_TRANSFORMERS) \
+		'transformers==4.57.6' 'tokenizers==0.22.2' 'huggingface_hub==0.36.2' \
+		requests certifi charset_normalizer idna urllib3
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -c 'import transformers; assert transformers.__version__ == "4.57.6"'
+	touch $@
+
+demo: $(VENV)/.package ## train a small network and its probes, show what they found
+	$(BIN)/diffmask-fast train toy --out runs/toy
+	$(BIN)/diffmask-fast show runs/toy
+
+test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.done ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest tests/sites
+
+clean: ## remove what was built and trained, and .venv
+	rm -rf $(VENV) build dist runs *.egg-info diffmask_fast/_cpp*.so

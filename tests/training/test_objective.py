@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffmask_fast.masking import frozen
+from diffmask_fast.ops import backends, draw_seed, gate_mix, uniforms
+from diffmask_fast.ops.reference import LEFT, RIGHT, TEMPERATURE
+from diffmask_fast.probes import Probe
+from diffmask_fast.sites import patch
+from diffmask_fast.training import objective as module
+from diffmask_fast.training.objective import ALWAYS_OPEN, Objective, rank_seed
+from diffmask_fast.training.recipe import Recipe
+
+SITES, WIDTH, TOLERANCE, SEED = 4, 16, 0.3, 11
+PUBLISHED = Recipe(tolerance=TOLERANCE, draw="batch", credit="all", multiplier="ascent", initial_multiplier=2.0)
+
+
+def with_recipe(**changes: Any) -> Recipe:
+    return Recipe(**{**PUBLISHED.to_dict(), **changes})
+
+
+@pytest.fixture(scope="module", params=["ForSequenceClassification", "ForQuestionAnswering"])
+def model(request: pytest.FixtureRequest, tiny_bert: Any) -> nn.Module:
+    return tiny_bert(request.param, attn_implementation="eager").double()
+
+
+@pytest.fixture
+def inputs() -> dict[str, Tensor]:
+    ids = torch.randint(5, 50, (3, 6), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0]])}
+
+
+def a_probe(masking: str) -> Probe:
+    torch.manual_seed(1)
+    probe = Probe([WIDTH] * SITES, masking, bound=10.0, bias=0.5).double()
+    for baseline in probe.baselines:
+        nn.init.normal_(baseline)
+    return probe
+
+
+@pytest.fixture
+def make(model: nn.Module) -> Iterator[Any]:
+    """make(masking, recipe, sites): an objective that draws those sites, on the frozen model."""
+    with ExitStack() as stack:
+
+        def build(masking: str, recipe: Recipe, sites: list[int] | None = None) -> Objective:
+            stack.enter_context(frozen(model))
+            made = Objective(stack.enter_context(patch(model)), a_probe(masking), recipe).double()
+            made.multipliers.value.data.copy_(torch.arange(1, SITES + 1))
+            if sites is not None:
+                made.draw_sites = lambda examples: torch.tensor(sites)
+            return made
+
+        yield build
+
+
+def gradients(objective: Objective, loss: Tensor) -> dict[str, Tensor]:
+    objective.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+
+
+# --- the step in plain words: two passes by ordinary hooks, the formulas of the paper, no module of ours but the probe
+
+
+def plain_states(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
+    with torch.no_grad():
+        output = model(**inputs, output_hidden_states=True)
+        return output, [model.get_input_embeddings()(inputs["input_ids"]), *output.hidden_states]
+
+
+def plain_masked(model: nn.Module, inputs: dict[str, Tensor], site: int, state: Tensor) -> Any:
+    if site == 0:
+        rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+        return model(inputs_embeds=state, **rest)
+    layers = model.bert.encoder.layer
+    if site <= len(layers):
+        hook = layers[site - 1].register_forward_pre_hook(lambda _, args: (state, *args[1:]))
+    else:
+        hook = layers[-1].register_forward_hook(lambda _, __, out: state if isinstance(out, Tensor) else (state, *out[1:]))
+    try:
+        return model(**inputs)
+    finally:
+        hook.remove()
+
+
+def plain_divergence(original: Any, masked: Any, mask: Tensor) -> Tensor:
+    total = 0
+    for name in ("start_logits", "end_logits") if hasattr(original, "start_logits") else ("logits",):
+        p, q = getattr(original, name), getattr(masked, name)
+        if name != "logits":
+            p, q = p.masked_fill(mask == 0, -torch.inf), q.masked_fill(mask == 0, -torch.inf)
+        p, q = F.softmax(p, -1), F.softmax(q, -1)
+        total = total + torch.where(p > 0, p * (p.clamp(min=1e-300) / q.clamp(min=1e-300)).log(), 0).sum(-1)
+    return total
+
+
+def plain_step(
+    model: nn.Module, objective: Objective, inputs: dict[str, Tensor], site: int, u: Tensor, own: bool = False
+) -> Tensor:
+    """(B,) terms of the loss, all examples at one site, with the uniforms u (B, T, gates)."""
+    probe, mask = objective.probe, inputs["attention_mask"]
+    original, states = plain_states(model, inputs)
+    logits = probe.logits(dict(enumerate(states)), site)
+    s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + logits) / TEMPERATURE)
+    z = torch.clamp(LEFT + (RIGHT - LEFT) * s, 0, 1).prod(-1, keepdim=True)
+    target = 0 if probe.masking == "input" else site
+    mixed = z * states[target] + (1 - z) * probe.baselines[target]
+    masked = plain_masked(model, inputs, target, mixed)
+    log_open = torch.log(torch.sigmoid(logits - TEMPERATURE * math.log(-LEFT / RIGHT)))
+    if own:
+        log_open = torch.cat([log_open[..., :-1].detach(), log_open[..., -1:]], -1)
+    sparsity = (log_open.sum(-1) * mask).sum(-1) / mask.sum(-1)
+    return sparsity + objective.multipliers.value[site] * (plain_divergence(original, masked, mask) - TOLERANCE)
+
+
+def same(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+    """float64: sums of some hundred products of size 1, 1e-16 each, through slopes of at most some hundred."""
+    assert ours.keys() == plain.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("masking", ["input", "hidden"])
+@pytest.mark.parametrize("site", range(SITES))
+def test_a_step_is_the_plain_two_pass_step(masking: str, site: int, make: Any, model: nn.Module, inputs: dict) -> None:
+    objective = make(masking, PUBLISHED, [site] * 3)
+    torch.manual_seed(SEED)
+    loss = objective(**inputs)["loss"]
+    torch.manual_seed(SEED)
+    gates = site + 1 if masking == "input" else 1
+    u = uniforms(draw_seed(), 3 * 6 * gates).view(3, 6, gates).double()
+    plain = plain_step(model, objective, inputs, site, u).mean()
+    torch.testing.assert_close(loss, plain, rtol=1e-9, atol=1e-9)
+    same(gradients(objective, loss), gradients(objective, plain))
+
+
+@pytest.mark.parametrize("credit", ["all", "own"])
+@pytest.mark.parametrize("masking", ["input", "hidden"])
+@pytest.mark.parametrize("sites", [[2, 0, 3], [1, 3, 1], [0, 0, 0]])
+def test_sites_by_example_are_the_mean_of_each_examples_plain_step(
+    sites: list[int], masking: str, credit: str, make: Any, model: nn.Module, inputs: dict
+) -> None:
+    objective = make(masking, with_recipe(draw="example", credit=credit), sites)
+    torch.manual_seed(SEED)
+    loss = objective(**inputs)["loss"]
+    torch.manual_seed(SEED)
+    by_example: dict[int, Tensor] = {}
+    if masking == "input":  # one draw; an example uses the gates up to its site
+        u = uniforms(draw_seed(), 3 * 6 * (max(sites) + 1)).view(3, 6, -1)
+        by_example = {b: u[b : b + 1, :, : site + 1] for b, site in enumerate(sites)}
+    else:  # one draw for each site, for its examples in their order
+        for site in sorted(set(sites)):
+            rows = [b for b, s in enumerate(sites) if s == site]
+            by_example |= dict(zip(rows, uniforms(draw_seed(), len(rows) * 6).view(-1, 1, 6, 1), strict=True))
+    terms = []
+    for b, site in enumerate(sites):
+        one = {name: value[b : b + 1] for name, value in inputs.items()}
+        terms.append(plain_step(model, objective, one, site, by_example[b].double(), own=credit == "own"))
+    plain = torch.cat(terms).mean()
+    torch.testing.assert_close(loss, plain, rtol=1e-9, atol=1e-9)
+    same(gradients(objective, loss), gradients(objective, plain))
+
+
+def test_credit_changes_the_gradients_of_the_lower_heads_only(make: Any, inputs: dict) -> None:
+    results = {}
+    for credit in ("all", "own"):
+        objective = make("input", with_recipe(credit=credit), [2] * 3)
+        torch.manual_seed(SEED)
+        loss = objective(**inputs)["loss"]
+        results[credit] = loss, gradients(objective, loss)
+    torch.testing.assert_close(results["all"][0], results["own"][0], rtol=1e-14, atol=1e-14)
+    every, own = results["all"][1], results["own"][1]
+    lower = [name for name in every if name.startswith(("probe.heads.0.", "probe.heads.1."))]
+    assert len(lower) == 12  # two heads of two weight-normed layers and two biases
+    for name in every.keys() - set(lower):
+        torch.testing.assert_close(own[name], every[name], rtol=1e-12, atol=1e-12)
+    for name in lower:
+        assert (own[name] - every[name]).abs().max() > 1e-6, name
+
+
+def test_heads_above_the_drawn_site_and_frozen_weights_get_no_gradient(
+    make: Any, model: nn.Module, inputs: dict
+) -> None:
+    objective = make("input", PUBLISHED, [1] * 3)
+    got = gradients(objective, objective(**inputs)["loss"])
+    assert not any(name.startswith(("probe.heads.2.", "probe.heads.3.")) for name in got)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("masking", "wanted"), [("input", {0, 1, 2}), ("hidden", {2})])
+def test_only_the_states_that_the_probe_reads_are_captured(
+    masking: str, wanted: set[int], make: Any, inputs: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = make(masking, PUBLISHED, [2] * 3)
+    run, captured = objective.patched.run, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = run(*args, **kwargs)
+        captured.append(set(result.states))
+        return result
+
+    monkeypatch.setattr(objective.patched, "run", watched)
+    objective(**inputs)
+    assert captured == [wanted, set()]  # the clean pass and the masked one
+
+
+@pytest.mark.parametrize("draw", ["batch", "example"])
+def test_every_site_is_drawn_and_none_that_is_not_there(draw: str, make: Any) -> None:
+    objective = make("hidden", with_recipe(draw=draw))
+    torch.manual_seed(0)
+    drawn = [objective.draw_sites(8) for _ in range(100)]
+    assert all(sites.shape == (8,) and sites.dtype == torch.int64 for sites in drawn)
+    # batch: the chance that one of four sites never comes in 100 draws is below 4 * 0.75^100 = 2e-12
+    assert set(torch.cat(drawn).tolist()) == set(range(SITES))
+    if draw == "batch":
+        assert all((sites == sites[0]).all() for sites in drawn)
+    else:  # all sites alike urgent: eight examples give each of the four sites two
+        assert all(sites.sort().values.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] for sites in drawn)
+
+
+def test_a_draw_by_example_does_not_tie_a_site_to_a_place_in_the_batch(make: Any) -> None:
+    objective = make("hidden", with_recipe(draw="example"))
+    torch.manual_seed(0)
+    first = {int(objective.draw_sites(4)[0]) for _ in range(100)}
+    assert first == set(range(SITES))
+
+
+def test_the_same_global_generator_repeats_a_step_to_the_bit(make: Any, inputs: dict) -> None:
+    losses = []
+    for _ in range(2):
+        objective = make("input", with_recipe(draw="example", credit="own"))
+        torch.manual_seed(SEED)
+        losses.append(objective(**inputs)["loss"])
+    assert torch.equal(*losses)
+    assert not torch.equal(losses[0], objective(**inputs)["loss"])  # the next step draws other gates
+
+
+def test_processes_draw_different_gates_from_the_same_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    for rank in (None, 0, 1, 2, 7):
+        if rank is not None:
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(SEED)
+        seeds.append(rank_seed(torch.device("cpu")))
+    assert torch.equal(seeds[0], seeds[1])  # the first process draws what a process alone does
+    draws = [uniforms(seed, 1000) for seed in seeds[1:]]
+    for i, one in enumerate(draws):
+        for other in draws[:i]:
+            # of 1000 pairs of uniforms from 2^23 values about 1e-4 coincide
+            assert (one == other).sum() <= 1
+
+
+@pytest.mark.parametrize("backend", [name for name, reason in backends.available().items() if reason is None])
+def test_a_gate_that_is_always_open_is_exactly_one_and_gets_no_gradient(backend: str) -> None:
+    states, baseline = torch.randn(2, 500, 8), torch.randn(8, requires_grad=True)
+    logits = torch.full((2, 500, 3), ALWAYS_OPEN, requires_grad=True)
+    mixed, gates, log_open = gate_mix(states, logits, baseline, torch.tensor([3, 4]), backend=backend)
+    assert (gates == 1).all() and (log_open == 0).all() and torch.equal(mixed, states)
+    (mixed.sum() + gates.sum() + log_open.sum()).backward()
+    assert (logits.grad == 0).all() and (baseline.grad == 0).all()
+
+
+@pytest.mark.parametrize("broken", ["states", "prediction"])
+def test_nan_is_a_floating_point_error(broken: str, tiny_bert: Any, inputs: dict) -> None:
+    model = tiny_bert()
+    weights = model.bert.encoder.layer[0].output.dense if broken == "states" else model.classifier
+    weights.weight.data.fill_(torch.nan)
+    with frozen(model), patch(model) as patched:
+        objective = Objective(patched, a_probe("input").float(), PUBLISHED)
+        objective.draw_sites = lambda examples: torch.full((examples,), 3)
+        with pytest.raises(FloatingPointError, match="NaN or infinity"):
+            objective(**inputs)
+
+
+def test_an_exploded_probe_is_a_floating_point_error(make: Any, inputs: dict) -> None:
+    objective = make("hidden", PUBLISHED, [1] * 3)
+    objective.probe.baselines[1].data.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="the learning rate is too high"):
+        objective(**inputs)
+
+
+def test_the_multipliers_watch_in_training_only(make: Any, inputs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, seen = make("input", PUBLISHED), []
+    monkeypatch.setattr(objective.multipliers, "observe", lambda *args: seen.append(args))
+    objective.eval()(**inputs)
+    assert not seen
+    objective.train()(**inputs)
+    assert len(seen) == 1
+
+
+def test_statistics_are_means_per_site_since_the_last_look() -> None:
+    statistics = module.Statistics(3)
+    statistics.add(torch.tensor([0, 2, 2]), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 0.25, 0.75]))
+    assert statistics.take() == {"kl_0": 1.0, "open_0": 0.5, "kl_2": 3.0, "open_2": 0.5}
+    assert statistics.take() == {}
