@@ -47,9 +47,7 @@ def reach_torch() -> None:
     try:
         import torch
     except ImportError as error:
-        raise RuntimeError(
-            f"no torch to build against ({error}); install torch, then --no-build-isolation"
-        ) from None
+        raise RuntimeError(f"no torch to build against ({error}); install torch, then --no-build-isolation") from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         raise RuntimeError(f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
 

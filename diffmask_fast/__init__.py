@@ -31,7 +31,7 @@ _MODULE_OF = {
     "train_probe": "diffmask_fast.training.trainer",
 }
 
-__all__ = ["__version__", *_MODULE_OF]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:

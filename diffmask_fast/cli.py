@@ -5,12 +5,18 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="At which layer does a frozen model know what it may forget?")
-train_app = typer.Typer(no_args_is_help=True, help="Train a probe on a task; leaves metrics.json, probe and pictures in --out.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="At which layer does a frozen model know what it may forget?",
+)
+train_app = typer.Typer(
+    no_args_is_help=True, help="Train a probe on a task; leaves metrics.json, probe and pictures in --out."
+)
 app.add_typer(train_app, name="train")
 
 Out = Annotated[Path, typer.Option(help="Folder for everything that the run leaves.")]
@@ -51,15 +57,24 @@ def train_squad(
     recipe: RecipeOption = RecipeName.steady,
     resume: Resume = False,
     bf16: Annotated[bool, typer.Option(help="Run the frozen model in bfloat16 while training.")] = True,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Use only so many questions of each file.")] = None,
-    epochs: Annotated[Optional[float], typer.Option(min=0.0, help="Instead of the recipe's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many questions of each file.")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0.0, help="Instead of the recipe's.")] = None,
 ) -> None:
     """Question answering: an input-masking probe over all sites."""
     from diffmask_fast.report import terminal
     from diffmask_fast.tasks import squad
 
     metrics = squad.run(
-        model, train, evaluate, out, seed=seed, recipe=recipe.value, resume=resume, bf16=bf16, limit=limit, epochs=epochs
+        model,
+        train,
+        evaluate,
+        out,
+        seed=seed,
+        recipe=recipe.value,
+        resume=resume,
+        bf16=bf16,
+        limit=limit,
+        epochs=epochs,
     )
     columns = ("sampled_kl", "sampled_open", "kl", "open", "open_question", "open_passage", "kept_prediction")
     rows = [(name, *(site[column] for column in columns)) for name, site in metrics["sites"].items()]
@@ -73,7 +88,7 @@ def explain(
     probe: Annotated[Path, typer.Option(help="probe.safetensors of a run.")],
     out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
     text: Annotated[list[str], typer.Option(help="A text, or a question; may be given several times.")],
-    passage: Annotated[Optional[list[str]], typer.Option(help="The passage of each --text, for pairs.")] = None,
+    passage: Annotated[list[str] | None, typer.Option(help="The passage of each --text, for pairs.")] = None,
 ) -> None:
     """Explain texts with a trained probe."""
     from transformers import AutoTokenizer
@@ -96,10 +111,10 @@ def explain(
 @app.command()
 def show(
     path: Annotated[Path, typer.Argument(help="attributions.safetensors, or the folder of a run.")],
-    index: Annotated[Optional[int], typer.Option(help="One text, by number; without it the averages.")] = None,
-    site: Annotated[Optional[int], typer.Option(help="Of --index: the site whose tokens are coloured.")] = None,
-    figure: Annotated[Optional[Path], typer.Option(help="Write a picture (.png, .pdf) here.")] = None,
-    html: Annotated[Optional[Path], typer.Option(help="Write a page to click through here.")] = None,
+    index: Annotated[int | None, typer.Option(help="One text, by number; without it the averages.")] = None,
+    site: Annotated[int | None, typer.Option(help="Of --index: the site whose tokens are coloured.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write a picture (.png, .pdf) here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to click through here.")] = None,
 ) -> None:
     """Look at attributions: terminal, picture, page."""
     from diffmask_fast.attribution import Attributions
@@ -133,6 +148,14 @@ def main() -> None:
     """Run the command line; what a user can mend is one line, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError, IndexError, ImportError, FloatingPointError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        RuntimeError,
+        IndexError,
+        ImportError,
+        FloatingPointError,
+    ) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)

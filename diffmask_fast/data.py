@@ -103,10 +103,10 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any) -
             raise TypeError(f"text {i}: expected a text or a pair of texts, got {repr(text)[:80]}")
         if not all(part.strip() for part in parts):
             raise ValueError(f"text {i} is empty: leave it out")
-    rows = [(text, None) if isinstance(text, str) else tuple(text) for text in texts]
+    rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
     encodings = [
-        tokenizer(first, second, return_special_tokens_mask=True, return_offsets_mapping=True, verbose=False)
-        for first, second in rows
+        tokenizer(*row, return_special_tokens_mask=True, return_offsets_mapping=True, verbose=False)
+        for row in rows
     ]
     limit = length_limit(tokenizer, model)
     for i, encoding in enumerate(encodings):

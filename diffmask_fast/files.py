@@ -22,9 +22,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"cannot write {target}: the folder {target.parent} does not exist; create it first"
-        )
+        raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist; create it first")
     if target.is_dir():
         raise IsADirectoryError(f"cannot write {target}: it is a folder; give the name of a file")
     temporary = target.with_name(f".{secrets.token_hex(6)}.{target.name[-100:]}")

@@ -42,7 +42,12 @@ def keep_probabilities(probe: Probe, states: Mapping[int, Tensor]) -> Tensor:
 
 
 def masked_run(
-    patched: Patched, inputs: Mapping[str, Any], probe: Probe, states: Mapping[int, Tensor], site: int, gates: Tensor
+    patched: Patched,
+    inputs: Mapping[str, Any],
+    probe: Probe,
+    states: Mapping[int, Tensor],
+    site: int,
+    gates: Tensor,
 ) -> Any:
     """The model's output when the state that `site` governs is mixed with the baseline.
 

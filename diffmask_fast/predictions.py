@@ -68,7 +68,8 @@ def _wide(logits: Tensor) -> Tensor:
 
 def kl_divergence(original: LogProbabilities, masked: LogProbabilities) -> Tensor:
     """KL(original || masked) in nats per example, (B,), summed over the tables (start and end of a span)."""
-    return torch.stack([(p.exp() * (p - q)).sum(-1) for p, q in zip(original, masked, strict=True)]).sum(0)
+    tables = [(p.exp() * (p - q)).sum(-1) for p, q in zip(original, masked, strict=True)]
+    return torch.stack(tables).sum(0)
 
 
 def answers(tables: LogProbabilities, allowed: Tensor | None = None) -> Tensor:

@@ -90,6 +90,12 @@ class Probe(nn.Module):
         replaced = sizes[:1] if masking == "input" else sizes
         self.baselines = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in replaced)
 
+    def set_bound(self, bound: float | None) -> None:
+        """Give all heads another bound; the one of the constructor is what a saved probe has."""
+        for head in self.heads:
+            assert isinstance(head, GateHead)
+            head.bound = bound
+
     @property
     def num_sites(self) -> int:
         return len(self.sizes)
@@ -120,7 +126,7 @@ class Probe(nn.Module):
             raise ValueError(f"site is {site}; this probe has the sites 0 to {self.num_sites - 1}")
         columns = []
         for i in self.reads(site):
-            state = states[i].to(self.heads[i].bias.dtype)
+            state = states[i].to(self.baselines[0].dtype)
             if state.shape[-1] != self.sizes[i]:
                 raise ValueError(
                     f"the state at site {i} is {state.shape[-1]} wide; this probe was made for {self.sizes[i]}: "

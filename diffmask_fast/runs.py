@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from diffmask_fast.attribution import Attributions
-
 from diffmask_fast.files import replacing
 
 CONFIG, METRICS = "config.json", "metrics.json"
@@ -21,13 +20,16 @@ CONFIG, METRICS = "config.json", "metrics.json"
 def begin(folder: str | os.PathLike[str], config: dict[str, Any], resume: bool) -> Path:
     """Make the folder of a run and write its exact configuration into it.
 
+    A folder that holds a configuration and nothing else is of a run that never got anywhere, because a file that it
+    was given is missing for instance: it may begin again, with any options.
+
     Raises:
         FileExistsError: the folder holds something else, or a run and `resume` is off.
         ValueError: `resume` with another configuration than the run began with.
     """
     path = Path(folder)
     config = json.loads(json.dumps(config))
-    if (path / CONFIG).exists():
+    if (path / CONFIG).exists() and any(other.name != CONFIG for other in path.iterdir()):
         if not resume:
             raise FileExistsError(f"{path} holds another run: choose another folder, or go on with it by --resume")
         began = read_json(path / CONFIG)
@@ -39,7 +41,7 @@ def begin(folder: str | os.PathLike[str], config: dict[str, Any], resume: bool) 
                 "resume with the same options, or choose another folder"
             )
         return path
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and any(other.name != CONFIG for other in path.iterdir()):
         raise FileExistsError(f"{path} is not empty and holds no run: choose another folder")
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / CONFIG, {"run": config, "versions": versions()})
@@ -63,7 +65,14 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("diffmask_fast", "transformers", "accelerate", "pytorch_optimizer", "safetensors", "tokenizers"):
+    for package in (
+        "diffmask_fast",
+        "transformers",
+        "accelerate",
+        "pytorch_optimizer",
+        "safetensors",
+        "tokenizers",
+    ):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

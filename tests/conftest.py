@@ -22,9 +22,9 @@ def shared() -> Path:
 
 
 WORDS = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] who what where when is was the a an in of to on film fine dull old new city river "
-    "house dog cat tree bird fish king queen red blue green paris rome münchen 東 京 1 2 3 , . ? ! ##s ##ed ##ing build "
-    "walk play sing year"
+    "[PAD] [UNK] [CLS] [SEP] [MASK] who what where when is was the a an in of to on film fine dull old new "
+    "city river house dog cat tree bird fish king queen red blue green paris rome münchen 東 京 1 2 3 , . ? ! "
+    "##s ##ed ##ing build walk play sing year"
 ).split()
 
 
@@ -54,7 +54,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_bert() -> Callable[..., Any]:
-    """tiny_bert(head): a BERT of two layers, 16 wide, with that head and random weights, always the same ones."""
+    """tiny_bert(head): a BERT of two layers, 16 wide, with that head and always the same random weights."""
     transformers = pytest.importorskip("transformers")
     import torch
 

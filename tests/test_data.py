@@ -7,7 +7,10 @@ import torch
 
 from diffmask_fast.data import Examples, TooLongError, encode, length_limit
 
-PAIRS = [("who was king?", "the old king walked in münchen ."), ("where is the film?", "a dull film 東京 , paris")]
+PAIRS = [
+    ("who was king?", "the old king walked in münchen ."),
+    ("where is the film?", "a dull film 東京 , paris"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,14 @@ def classifier(tiny_bert: Any) -> Any:
 def ragged() -> Examples:
     inputs = [{"input_ids": [5] * n, "label": float(n)} for n in (3, 1, 2)]
     tokens = [["x"] * len(item["input_ids"]) for item in inputs]
-    return Examples(inputs, tokens, [[1] * len(t) for t in tokens], lambda i, a: f"{i}:{a[0]}", {"input_ids": 9}, frozenset({"label"}))
+    return Examples(
+        inputs,
+        tokens,
+        [[1] * len(t) for t in tokens],
+        lambda i, a: f"{i}:{a[0]}",
+        {"input_ids": 9},
+        frozenset({"label"}),
+    )
 
 
 def test_a_ragged_batch_is_padded_on_the_right_to_its_longest_text() -> None:
@@ -107,7 +117,9 @@ def test_a_span_keeps_the_case_and_spaces_of_the_text(tokenizer: Any, classifier
 
 
 @pytest.mark.parametrize("answer", [(0, 0), (1, 5), (1, 7), (6, 8)])
-def test_a_span_that_is_not_in_one_text_is_said_to_be_none(answer: tuple[int, int], tokenizer: Any, classifier: Any) -> None:
+def test_a_span_that_is_not_in_one_text_is_said_to_be_none(
+    answer: tuple[int, int], tokenizer: Any, classifier: Any
+) -> None:
     examples = encode(tokenizer, [("who was king?", "the king")], classifier)
     assert examples.describe(0, answer) == "(no span)"
 

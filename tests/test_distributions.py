@@ -51,9 +51,7 @@ def exact_below(law: tuple[float, float, float], v: float) -> np.ndarray:
 
 def smallest_p_value(counts: np.ndarray, chances: np.ndarray) -> float:
     """Two-sided binomial test at each position, corrected for their number."""
-    p_values = [
-        stats.binomtest(int(k), SAMPLES, float(p)).pvalue for k, p in zip(counts, chances, strict=True)
-    ]
+    p_values = [stats.binomtest(int(k), SAMPLES, float(p)).pvalue for k, p in zip(counts, chances, strict=True)]
     return min(p_values) * len(p_values)
 
 
@@ -261,9 +259,7 @@ def test_mean_is_that_of_the_samples(law):
 def test_float32_moments_and_log_probs_differ_from_float64_by_rounding_only(law):
     # The same parameters to the last bit: left and temperature are rounded to float32 first.
     narrow = HardConcrete(LOGITS.float(), *law)
-    wide = HardConcrete(
-        *(getattr(narrow, name).double() for name in ("logits", "temperature", "left", "right"))
-    )
+    wide = HardConcrete(*(getattr(narrow, name).double() for name in ("logits", "temperature", "left", "right")))
     # A logit's terms are below 4 + 20 * temperature; one ulp of them is this much of a probability or log.
     ulp = torch.finfo(torch.float32).eps * (4 + 20 * law[0])
     torch.testing.assert_close(narrow.mean.double(), wide.mean, rtol=2 * ulp, atol=0)

@@ -126,7 +126,8 @@ def test_the_kind_is_read_off_the_output(output: object, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "output", [torch.zeros(2, 3, 4), SimpleNamespace(logits=torch.zeros(2, 3, 4)), (torch.zeros(2),), None, "logits"]
+    "output",
+    [torch.zeros(2, 3, 4), SimpleNamespace(logits=torch.zeros(2, 3, 4)), (torch.zeros(2),), None, "logits"],
 )
 def test_an_output_that_is_no_prediction_is_refused(output: object) -> None:
     with pytest.raises(TypeError, match=rf"the model's output \({type(output).__name__}\) is no prediction"):

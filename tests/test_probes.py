@@ -61,7 +61,9 @@ def test_a_silent_head_keeps_with_the_probability_that_its_bias_says(masking: st
     one = log_open(torch.tensor(5.0, dtype=torch.float64), TEMPERATURE, LEFT, RIGHT)
     gates = torch.tensor([1.0, 2.0, 3.0] if masking == "input" else [1.0] * 3, dtype=torch.float64)
     # a handful of float32 roundings of numbers below 1
-    torch.testing.assert_close(keep[0, 0].double(), (gates * one).exp(), rtol=0, atol=8 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(
+        keep[0, 0].double(), (gates * one).exp(), rtol=0, atol=8 * torch.finfo(torch.float32).eps
+    )
 
 
 @pytest.mark.parametrize("masking", ["input", "hidden"])
@@ -145,7 +147,9 @@ def test_a_truncated_probe_file_is_refused(share: float, tmp_path: Path) -> None
         load_probe(path)
 
 
-@pytest.mark.parametrize("metadata", [None, {"diffmask_fast": "{}"}, {"diffmask_fast": "[1]"}, {"diffmask_fast": "null"}])
+@pytest.mark.parametrize(
+    "metadata", [None, {"diffmask_fast": "{}"}, {"diffmask_fast": "[1]"}, {"diffmask_fast": "null"}]
+)
 def test_a_foreign_safetensors_file_is_refused(metadata: dict[str, str] | None, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match="not one that save_probe wrote"):

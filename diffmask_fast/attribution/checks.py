@@ -21,13 +21,9 @@ def json_meta(meta: Any) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise TypeError(f"meta: expected a dict, got {type(meta).__name__}")
     try:
-        return json.loads(
-            json.dumps(meta, allow_nan=False)
-        )  # also a copy: a frozen result shares nothing mutable
+        return json.loads(json.dumps(meta, allow_nan=False))  # also a copy: a frozen result shares nothing mutable
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"meta: expected values that JSON can hold ({error}); convert them to str or float"
-        ) from error
+        raise TypeError(f"meta: expected values that JSON can hold ({error}); convert them to str or float") from error
 
 
 def texts(tokens: Any, original: Any, masked: Any, sites: int) -> None:
@@ -40,17 +36,13 @@ def texts(tokens: Any, original: Any, masked: Any, sites: int) -> None:
         if not isinstance(text, list) or not all(isinstance(token, str) for token in text):
             raise TypeError(f"tokens of text {i}: expected a list of str")
         if not text:
-            raise ValueError(
-                f"tokens of text {i}: expected at least one token, got none; leave empty texts out"
-            )
+            raise ValueError(f"tokens of text {i}: expected at least one token, got none; leave empty texts out")
         if not isinstance(prediction, str):
             raise TypeError(f"original of text {i}: expected a str, got {type(prediction).__name__}")
         if not isinstance(row, list) or not all(isinstance(prediction, str) for prediction in row):
             raise TypeError(f"masked of text {i}: expected a list of str")
         if len(row) != sites:
-            raise ValueError(
-                f"masked of text {i}: expected {sites} predictions, one per site, got {len(row)}"
-            )
+            raise ValueError(f"masked of text {i}: expected {sites} predictions, one per site, got {len(row)}")
 
 
 def tensor(name: str, value: Any, dtype: torch.dtype, shape: tuple[int, ...], words: str) -> None:

@@ -40,7 +40,7 @@ def explain(
         show_progress: show a bar with the time left.
 
     Returns:
-        `Attributions`: P(keep) per token and site, and per site the prediction that the model makes with only the tokens
+        `Attributions`: P(keep) per token and site, and per site the prediction that the model makes with only tokens
         whose P(keep) exceeds 0.5, with its divergence from the original one.
 
     Raises:

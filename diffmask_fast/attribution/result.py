@@ -216,9 +216,7 @@ class Attributions:
         Raises:
             ValueError: no text has a token of that segment.
         """
-        chosen = (
-            torch.ones_like(self.segments, dtype=torch.bool) if segment is None else self.segments == segment
-        )
+        chosen = torch.ones_like(self.segments, dtype=torch.bool) if segment is None else self.segments == segment
         owner = torch.repeat_interleave(torch.arange(len(self)), self.lengths)[chosen]
         counts = torch.bincount(owner, minlength=len(self))
         if not chosen.any():
@@ -332,10 +330,6 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
         description = json.loads(text)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not an attributions file, or it is cut short ({error})") from error
-    if (
-        not isinstance(description, dict)
-        or description.get("format") != _FORMAT
-        or "version" not in description
-    ):
+    if not isinstance(description, dict) or description.get("format") != _FORMAT or "version" not in description:
         raise ValueError(f"{path} is a safetensors file, but not one that Attributions.save wrote")
     return tensors, description

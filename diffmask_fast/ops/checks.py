@@ -61,16 +61,12 @@ def _check_tensor(name: str, tensor: Tensor, states: Tensor) -> None:
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} have layout {tensor.layout}, expected a dense tensor")
     if tensor.device != states.device:
-        raise ValueError(
-            f"{name} is on {tensor.device} and states on {states.device}: move them to one device"
-        )
+        raise ValueError(f"{name} is on {tensor.device} and states on {states.device}: move them to one device")
 
 
 def _check_shapes(states: Tensor, logits: Tensor, baseline: Tensor) -> None:
     if states.dim() < 2:
-        raise ValueError(
-            f"states have shape {_shape(states)}, expected (..., H) with at least one dim before H"
-        )
+        raise ValueError(f"states have shape {_shape(states)}, expected (..., H) with at least one dim before H")
     if logits.dim() != states.dim() or logits.shape[:-1] != states.shape[:-1]:
         raise ValueError(
             f"logits have shape {_shape(logits)} and states {_shape(states)}: expected logits of shape "
@@ -111,9 +107,7 @@ def _check_seed(seed: Tensor, states: Tensor, generator: torch.Generator | None)
         raise ValueError("both seed and generator are given: expected one of them, for one decides the gates")
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.shape != (2,):
         came = f"{seed.dtype} of shape {_shape(seed)}" if isinstance(seed, Tensor) else type(seed).__name__
-        raise TypeError(
-            f"seed is {came}, expected an int64 tensor of shape (2,): (seed, offset), as from draw_seed()"
-        )
+        raise TypeError(f"seed is {came}, expected an int64 tensor of shape (2,): (seed, offset), as from draw_seed()")
     if seed.device != states.device:
         raise ValueError(f"seed is on {seed.device} and states on {states.device}: move them to one device")
 

@@ -36,9 +36,7 @@ def draw_seed(generator: torch.Generator | None = None, device: torch.device | s
     return seed if device is None else seed.to(device)
 
 
-def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, ...]:
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Philox4x32-10 on 32-bit words held in int64 tensors that broadcast; returns the four output words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -36,8 +36,6 @@ def require_one(attribution: Attribution) -> None:
 
 def require_many(attributions: Attributions) -> None:
     if not isinstance(attributions, Attributions):
-        raise TypeError(
-            f"expected Attributions, got {type(attributions).__name__}; slice it, as in attributions[:1]"
-        )
+        raise TypeError(f"expected Attributions, got {type(attributions).__name__}; slice it, as in attributions[:1]")
     if not len(attributions):
         raise ValueError("expected at least one text, got none")

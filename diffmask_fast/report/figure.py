@@ -92,15 +92,11 @@ def by_site(attributions: Attributions, path: str | os.PathLike[str] | None = No
         curves.append((SEGMENT_NAMES[2], 2, "#0072b2", ":", "^"))
     for label, segment, colour, dash, marker in curves:
         values = attributions.mean_keep(segment).tolist()
-        axes.plot(
-            range(len(names)), values, dash, color=colour, marker=marker, markersize=3.5, lw=1.3, label=label
-        )
+        axes.plot(range(len(names)), values, dash, color=colour, marker=marker, markersize=3.5, lw=1.3, label=label)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylabel("mean P(keep)", fontsize=8)
-    axes.set_xticks(
-        range(len(names)), [printable(name) for name in names], rotation=90, fontsize=7, parse_math=False
-    )
+    axes.set_xticks(range(len(names)), [printable(name) for name in names], rotation=90, fontsize=7, parse_math=False)
     axes.tick_params(axis="y", labelsize=7)
     axes.grid(axis="y", color="#dddddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -121,11 +117,7 @@ def _head(figure: Figure, attribution: Attribution, left: float) -> None:
     bar = _axes(figure, (left + 0.6, height - 0.45, 0.9, 0.1))
     figure.colorbar(ScalarMappable(Normalize(0, 1), COLOURS), cax=bar, orientation="horizontal", ticks=[])
     figure.text(left / width, line, "P(keep)  0", fontsize=7, va="center")
-    after = (
-        "1"
-        if attribution.kept_prediction.all()
-        else "1        \N{MULTIPLICATION SIGN} masked prediction differs"
-    )
+    after = "1" if attribution.kept_prediction.all() else "1        \N{MULTIPLICATION SIGN} masked prediction differs"
     figure.text((left + 1.55) / width, line, after, fontsize=7, va="center")
 
 

@@ -20,17 +20,15 @@ import torch
 from torch import Tensor
 
 from diffmask_fast.attribution import SEGMENT_NAMES, Attribution, Attributions
-from diffmask_fast.files import replacing
 from diffmask_fast.attribution.result import KEPT_ABOVE
+from diffmask_fast.files import replacing
 from diffmask_fast.report import has_two_segments, require_many
 
 # Inside <script> these could end the element or start a comment; escaped they are the same JSON.
 _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 
 
-def write(
-    attributions: Attributions, path: str | os.PathLike[str], title: str = "Which tokens are needed"
-) -> None:
+def write(attributions: Attributions, path: str | os.PathLike[str], title: str = "Which tokens are needed") -> None:
     """Write a self-contained page: tokens coloured by P(keep), a slider over sites, averages over all texts.
 
     Values are rounded to three digits. The page is replaced in one step.
@@ -50,9 +48,7 @@ def write(
     assert script, "page.html has one <script> without attributes"
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
     # ensure_ascii also escapes U+2028 and lone surrogates
-    data = json.dumps(_data(attributions, title), ensure_ascii=True, separators=(",", ":")).translate(
-        _ESCAPES
-    )
+    data = json.dumps(_data(attributions, title), ensure_ascii=True, separators=(",", ":")).translate(_ESCAPES)
     parts = {"title": html.escape(title), "script_hash": f"sha256-{digest}", "data": data}
     # one pass: a title that reads {{data}} stays what it is
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)

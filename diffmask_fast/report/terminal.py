@@ -40,9 +40,7 @@ def show(attribution: Attribution, site: int | None = None, file: IO[str] | None
     """
     require_one(attribution)
     names = attribution.site_names
-    if site is not None and (
-        isinstance(site, bool) or not isinstance(site, int) or not 0 <= site < len(names)
-    ):
+    if site is not None and (isinstance(site, bool) or not isinstance(site, int) or not 0 <= site < len(names)):
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
         raise ValueError(f"site {site!r} does not exist; the sites are {listed}")
     console = Console(file=file, highlight=False)
@@ -55,9 +53,7 @@ def show(attribution: Attribution, site: int | None = None, file: IO[str] | None
     console.print(_coloured(attribution, site) if colour else _braced(attribution, site, console))
     console.print(_legend(colour))
     same = "same prediction" if attribution.kept_prediction[site] else "prediction changed"
-    before, after = (
-        printable(text) or "(empty)" for text in (attribution.original, attribution.masked[site])
-    )
+    before, after = (printable(text) or "(empty)" for text in (attribution.original, attribution.masked[site]))
     console.print(_plain(console, f"\nwhole text  {before}\nmasked      {after}"))
     console.print(f"KL          {attribution.divergence[site]:.3f} nats, {same}")
 
@@ -120,9 +116,7 @@ def _sites_of_one(attribution: Attribution, console: Console) -> Table:
 
 def _coloured(attribution: Attribution, site: int) -> Text:
     text = Text()
-    for i, (token, keep) in enumerate(
-        zip(attribution.tokens, attribution.keep[:, site].tolist(), strict=True)
-    ):
+    for i, (token, keep) in enumerate(zip(attribution.tokens, attribution.keep[:, site].tolist(), strict=True)):
         continues, shown = piece(token)
         if i and not continues:
             text.append(" ")
@@ -132,9 +126,7 @@ def _coloured(attribution: Attribution, site: int) -> Text:
 
 def _braced(attribution: Attribution, site: int, console: Console) -> Text:
     out, inside = "", False
-    for i, (token, keep) in enumerate(
-        zip(attribution.tokens, attribution.keep[:, site].tolist(), strict=True)
-    ):
+    for i, (token, keep) in enumerate(zip(attribution.tokens, attribution.keep[:, site].tolist(), strict=True)):
         continues, shown = piece(token)
         dropped = keep <= KEPT_ABOVE
         if inside and not dropped:
@@ -175,7 +167,9 @@ def _plain(console: Console, text: str) -> Text:
     return Text(lines.encode(console.encoding, "backslashreplace").decode(console.encoding))
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | float]], file: IO[str] | None = None) -> None:
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str | float]], file: IO[str] | None = None
+) -> None:
     """Print a table of names and numbers."""
     console = Console(file=file)
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -340,9 +340,7 @@ def _compared(new: Tensor, k: int, state: Tensor) -> Tensor:
     # Under autocast the dtype of a state is that of the operation it came from: two sites may differ.
     same_dtype = new.dtype == state.dtype or torch.is_autocast_enabled(state.device.type)
     if new.shape != state.shape or new.device != state.device or not same_dtype:
-        raise ValueError(
-            f"the state given for site {k} is {_words(new)}, expected {_words(state)}: make it so"
-        )
+        raise ValueError(f"the state given for site {k} is {_words(new)}, expected {_words(state)}: make it so")
     return state
 
 

@@ -25,6 +25,7 @@ RECIPES = {
     "published": Recipe(
         bias=5.0,
         bound=10.0,
+        initial_bound=None,
         draw="batch",
         credit="all",
         multiplier="ascent",
@@ -58,9 +59,13 @@ def read_squad(source: str | os.PathLike[str], split: str = "train") -> list[tup
     pairs, place = [], "data"
     try:
         for i, article in enumerate(content["data"]):
+            place = f"data[{i}]"
             for j, paragraph in enumerate(article["paragraphs"]):
                 place = f"data[{i}].paragraphs[{j}]"
-                pairs += [(qa["question"].strip(), paragraph["context"]) for qa in paragraph["qas"]]
+                passage = paragraph["context"]
+                if not isinstance(passage, str):
+                    raise TypeError(f"the context is {type(passage).__name__}")
+                pairs += [(qa["question"].strip(), passage) for qa in paragraph["qas"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{source} is JSON but not SQuAD: at {place}: {error!r}; expected "
@@ -126,7 +131,13 @@ def run(
     """
     start = time.monotonic()
     chosen = RECIPES[recipe] if epochs is None else replace(RECIPES[recipe], epochs=epochs)
-    config = {"task": "squad", "model": str(model_path), "train": str(train), "eval": str(evaluate), "seed": seed}
+    config = {
+        "task": "squad",
+        "model": str(model_path),
+        "train": str(train),
+        "eval": str(evaluate),
+        "seed": seed,
+    }
     config |= {"limit": limit, "bf16": bf16, "recipe": recipe, **chosen.to_dict()}
     pairs, eval_pairs = read_squad(train)[:limit], read_squad(evaluate, "validation")[:limit]
     folder = runs.begin(out, config, resume)
@@ -146,10 +157,24 @@ def run(
     torch.manual_seed(seed)
     probe = fresh_probe(model, training, chosen, "input", mask_token=tokenizer.mask_token_id)
     train_probe(
-        model, probe, training, chosen, folder / "checkpoints", seed=seed, bf16=bf16, resume=resume, quiet=quiet
+        model,
+        probe,
+        training,
+        chosen,
+        folder / "checkpoints",
+        seed=seed,
+        bf16=bf16,
+        resume=resume,
+        quiet=quiet,
     )
     probe.eval()
-    meta = {"task": "squad", "model": str(model_path), "seed": seed, "recipe": recipe, "versions": runs.versions()}
+    meta = {
+        "task": "squad",
+        "model": str(model_path),
+        "seed": seed,
+        "recipe": recipe,
+        "versions": runs.versions(),
+    }
     save_probe(probe, folder / "probe.safetensors", meta)
     attributions = explain(model, probe, evaluation, meta=meta, show_progress=not quiet)
     sampled = sampled_metrics(model, probe, evaluation, seed=seed, show_progress=not quiet)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +35,17 @@ PROBE_WIDTH = 32
 RECIPES = {
     "steady": Recipe(
         tolerance=0.05,
-        learning_rate=3e-3,
+        bias=1.0,
+        learning_rate=1e-2,
         baseline_learning_rate=3e-3,
-        epochs=20,
+        epochs=30,
         batch_size=256,
     ),
     "published": Recipe(
         tolerance=0.05,
         bias=5.0,
         bound=10.0,
+        initial_bound=None,
         draw="batch",
         credit="all",
         multiplier="ascent",
@@ -121,7 +124,7 @@ def train_model(examples: Examples, output_dir: str | os.PathLike[str], *, seed:
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     class ToyTrainer(Trainer):
-        def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: object) -> Tensor:
+        def compute_loss(self, model: nn.Module, inputs: dict, *_: Any, **__: Any) -> Tensor:
             return F.binary_cross_entropy_with_logits(model(**inputs), inputs["labels"])
 
     torch.manual_seed(seed)
@@ -142,11 +145,12 @@ def train_model(examples: Examples, output_dir: str | os.PathLike[str], *, seed:
         remove_unused_columns=False,
         disable_tqdm=quiet,
     )
-    trainer = ToyTrainer(ToyModel(), args, data_collator=examples.collate, train_dataset=examples)
+    model = ToyModel()
+    trainer = ToyTrainer(model, args, data_collator=examples.collate, train_dataset=examples)
     if quiet:
         trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return trainer.model
+    return model
 
 
 @torch.no_grad()
@@ -193,7 +197,12 @@ def relative_entropy(p: Tensor, q: Tensor) -> Tensor:
 
 
 def run(
-    out: str | os.PathLike[str], *, seed: int = 0, recipe: str = "steady", resume: bool = False, quiet: bool = False
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    recipe: str = "steady",
+    resume: bool = False,
+    quiet: bool = False,
 ) -> dict:
     """Train the network and both probes, measure them against the truth, and leave everything in the folder `out`.
 
@@ -219,9 +228,7 @@ def run(
             save_file(model.state_dict(), temporary)
     torch.manual_seed(seed)
     probe = fresh_probe(model, validation, RECIPES[recipe], "hidden", width=PROBE_WIDTH)
-    train_probe(
-        model, probe, training, RECIPES[recipe], folder / "checkpoints", seed=seed, resume=resume, quiet=quiet
-    )
+    train_probe(model, probe, training, RECIPES[recipe], folder / "checkpoints", seed=seed, resume=resume, quiet=quiet)
     model.cpu()
     probe.cpu().eval()
     meta = {"task": "toy", "seed": seed, "recipe": recipe, "versions": runs.versions()}

@@ -21,7 +21,13 @@ from diffmask_fast.sites import patch
 
 @torch.no_grad()
 def sampled_metrics(
-    model: nn.Module, probe: Probe, examples: Examples, *, batch_size: int = 16, seed: int = 0, show_progress: bool = False
+    model: nn.Module,
+    probe: Probe,
+    examples: Examples,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    show_progress: bool = False,
 ) -> list[dict[str, float]]:
     """Per site, one draw of the gates for every example.
 
@@ -81,4 +87,7 @@ def by_site(names: tuple[str, ...], *rows: list[dict[str, float]]) -> dict[str, 
         for name, *parts in zip(names, *rows, strict=True)
     }
     keys = next(iter(sites.values()))
-    return {"sites": sites, "overall": {key: sum(site[key] for site in sites.values()) / len(sites) for key in keys}}
+    return {
+        "sites": sites,
+        "overall": {key: sum(site[key] for site in sites.values()) / len(sites) for key in keys},
+    }

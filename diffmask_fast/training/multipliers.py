@@ -60,25 +60,26 @@ class Control(nn.Module):
     def __init__(self, sites: int, recipe: Recipe) -> None:
         super().__init__()
         self.register_buffer("integral", torch.full((sites,), math.log(recipe.initial_multiplier)))
-        self.register_buffer("average", torch.full((sites,), recipe.tolerance))
-        self.rate, self.largest, self.tolerance = recipe.multiplier_rate, recipe.largest_multiplier, recipe.tolerance
+        self.aim = recipe.tolerance * recipe.margin
+        self.register_buffer("average", torch.full((sites,), self.aim))
+        self.rate, self.largest = recipe.multiplier_rate, recipe.largest_multiplier
 
     def current(self) -> Tensor:
         """(sites,)"""
-        return (self.integral.exp() * (self.average / self.tolerance) ** PROPORTIONAL).clamp(max=self.largest)
+        return (self.integral.exp() * (self.average / self.aim) ** PROPORTIONAL).clamp(max=self.largest)
 
     def urgency(self) -> Tensor:
         """(sites,) how often each site is drawn, up to scale: the oftener, the further it is over the tolerance."""
-        return (self.average / self.tolerance).clamp(*URGENCY)
+        return (self.average / self.aim).clamp(*URGENCY)
 
     def penalised(self, sparsity: Tensor, divergence: Tensor, sites: Tensor) -> Tensor:
         """(B,) terms of the loss, scaled by 1 / (1 + multiplier) so that no site's gradient drowns another's."""
         multiplier = self.current()[sites]
-        return (sparsity + multiplier * (divergence / self.tolerance - 1)) / (1 + multiplier)
+        return (sparsity + multiplier * (divergence / self.aim - 1)) / (1 + multiplier)
 
     @torch.no_grad()
     def observe(self, divergence: Tensor, sites: Tensor) -> None:
-        """Move on by what one batch showed: (B,) divergences at (B,) sites, of every process where there are several."""
+        """Move on by what one batch showed: (B,) divergences at (B,) sites, of every process there is."""
         divergence = divergence.to(self.average.dtype)
         totals = torch.zeros(2, len(self.integral), device=divergence.device, dtype=divergence.dtype)
         totals[0].index_add_(0, sites, divergence)
@@ -88,11 +89,11 @@ class Control(nn.Module):
         drawn = totals[1] > 0
         mean = totals[0] / totals[1].clamp(min=1)
         # one example with a hopeless prediction must not speak for the site: both parts see a bounded violation
-        self.average[drawn] += SMOOTHING * (mean.clamp(max=10 * self.tolerance) - self.average)[drawn]
-        violation = (mean / self.tolerance - 1).clamp(-1, 3)
+        self.average[drawn] += SMOOTHING * (mean.clamp(0, 10 * self.aim) - self.average)[drawn]
+        violation = (mean / self.aim - 1).clamp(-1, 3)
         self.integral[drawn] += self.rate * violation[drawn]
         self.integral.clamp_(math.log(SMALLEST), math.log(self.largest))
 
 
 def multipliers_for(recipe: Recipe, sites: int) -> Ascent | Control:
-    return {"ascent": Ascent, "control": Control}[recipe.multiplier](sites, recipe)
+    return Ascent(sites, recipe) if recipe.multiplier == "ascent" else Control(sites, recipe)

@@ -3,8 +3,8 @@
     min over probe and baseline, max over multipliers >= 0:
         mean over real tokens of log P(z != 0)  +  multiplier * (KL(original || masked) - tolerance)
 
-(De Cao et al. 2020, section 2.3.) The model is frozen and stays outside this module: its parameters are not trained, not
-saved and not synchronised between processes.
+(De Cao et al. 2020, section 2.3.) The model is frozen and stays outside this module: its parameters are not trained,
+not saved and not synchronised between processes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Objective(nn.Module):
         probe: the probe to train.
         recipe: how.
 
-    Forward takes the model's inputs, `attention_mask` (B, T) among them, and returns `{"loss": scalar}`. Draws come from
-    PyTorch's global generator, so that a trainer that restores it repeats them.
+    Forward takes the model's inputs, `attention_mask` (B, T) among them, and returns `{"loss": scalar}`. Draws come
+    from PyTorch's global generator, so that a trainer that restores it repeats them.
     """
 
     def __init__(self, patched: Patched, probe: Probe, recipe: Recipe) -> None:
@@ -63,6 +63,12 @@ class Objective(nn.Module):
             self.multipliers.observe(divergence, sites)
         self.statistics.add(sites, divergence, ((gates != 0) * real).sum(-1) / real.sum(-1))
         return {"loss": loss}
+
+    def widen_bound(self, progress: float) -> None:
+        """Set the heads' bound for a training that is `progress` (0 to 1) done."""
+        final, initial = self.recipe.bound, self.recipe.initial_bound
+        if final is not None and initial is not None:
+            self.probe.set_bound(initial + (final - initial) * progress)
 
     def draw_sites(self, examples: int) -> Tensor:
         """(B,) the deepest site that the probe may look at, for each example."""
@@ -102,7 +108,9 @@ class Objective(nn.Module):
                 logits = self.probe.logits({site: state}, site)
                 mixed = gate_mix(state, logits, self.probe.baseline(site), rank_seed(state.device))
             # other rows were replaced below this site: their state here is what came up from there
-            replacements[site] = lambda above, rows=rows, new=mixed.mixed: above.index_copy(0, rows, new.to(above.dtype))
+            replacements[site] = lambda above, rows=rows, new=mixed.mixed: above.index_copy(
+                0, rows, new.to(above.dtype)
+            )
             gates.append(mixed.gates[..., -1])
             sparsity.append(mixed.log_open[..., -1])
             order.append(rows)

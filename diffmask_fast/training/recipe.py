@@ -11,7 +11,11 @@ class Recipe:
 
     Attributes:
         tolerance: the KL (nats, mean over examples) that the masked prediction may differ by.
+        margin: the controller aims at this share of the tolerance, because the constraint is to hold on texts that the
+            probe was not trained on, where the divergence is larger.
         bias, bound: of the gate heads, see `GateHead`.
+        initial_bound: the bound at the start, which grows to `bound` in equal steps; None keeps it constant. Gates that
+            are nearly shut or nearly open get no gradient, so early ones must not get there.
         draw: "batch" draws one site for all examples of a step, "example" one for each, the oftener the further a site
             is over the tolerance.
         credit: "all" lets the sparsity of a site train the gates of all sites that multiply there; "own" lets it
@@ -29,16 +33,18 @@ class Recipe:
     """
 
     tolerance: float = 1.0
+    margin: float = 0.4
     bias: float = 2.0
     bound: float | None = 10.0
+    initial_bound: float | None = 3.0
     draw: str = "example"
     credit: str = "own"
     multiplier: str = "control"
     initial_multiplier: float = 1.0
-    multiplier_rate: float = 0.01
+    multiplier_rate: float = 0.003
     largest_multiplier: float = 100.0
     optimizer: str = "adam"
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     baseline_learning_rate: float = 1e-3
     schedule: str = "linear"
     warmup_steps: int = 0

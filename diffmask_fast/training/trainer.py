@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ class ProbeTrainer(Trainer):
     """Trains the `Objective` of a probe; everything that a recipe decides is read from it."""
 
     def __init__(self, objective: Objective, examples: Examples, args: TrainingArguments, **more: Any) -> None:
-        self.objective = objective
+        self.objective: Objective = objective
         self.examples = examples
         super().__init__(objective, args, data_collator=examples.collate, train_dataset=examples, **more)
         self.model_accepts_loss_kwargs = False  # the objective hands its arguments to the frozen model
         self.add_callback(_MarkComplete())
+        self.add_callback(_WidenBound(objective))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -61,6 +62,16 @@ class _ByLength(LengthGroupedSampler):
         return super().__iter__()
 
 
+class _WidenBound(TrainerCallback):
+    """Moves the heads' bound from the recipe's initial to its final one; it follows from the step, so resume has it."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.objective.widen_bound(state.global_step / state.max_steps)
+
+
 class _MarkComplete(TrainerCallback):
     """Leaves in each checkpoint, once all processes have written it, a file with the checksums of its files."""
 
@@ -68,7 +79,7 @@ class _MarkComplete(TrainerCallback):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             sums = {path.name: _checksum(path) for path in sorted(folder.iterdir()) if path.name != COMPLETE}
             write_json(folder / COMPLETE, sums)
 
@@ -157,6 +168,7 @@ def train_probe(
 
             trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.objective.widen_bound(1.0)
         return trainer.objective
 
 
@@ -182,7 +194,13 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 @torch.no_grad()
 def fresh_probe(
-    model: nn.Module, examples: Examples, recipe: Recipe, masking: str, *, width: int | None = None, mask_token: int | None = None
+    model: nn.Module,
+    examples: Examples,
+    recipe: Recipe,
+    masking: str,
+    *,
+    width: int | None = None,
+    mask_token: int | None = None,
 ) -> Probe:
     """An untrained probe for a model: one head per site, baselines where the model is at home.
 
@@ -212,10 +230,12 @@ def fresh_probe(
     for i, baseline in enumerate(probe.baselines):
         baseline.copy_(sums[i] / count)
     if masking == "input" and mask_token is not None:
-        probe.baselines[0].copy_(model.get_input_embeddings().weight[mask_token])
+        embeddings: Any = model
+        probe.baselines[0].copy_(embeddings.get_input_embeddings().weight[mask_token])
     return probe.to(next(model.parameters()).device)
 
 
-def _some_batches(examples: Examples, texts: int = 1024, size: int = 64) -> Sequence[list[int]]:
-    few = list(range(0, len(examples), max(1, len(examples) // texts)))
-    return [few[i : i + size] for i in range(0, len(few), size)]
+def _some_batches(examples: Examples, texts: int = 256, size: int = 16) -> list[list[int]]:
+    few = examples.select(range(0, len(examples), max(1, len(examples) // texts)))
+    step = max(1, len(examples) // texts)
+    return [[i * step for i in batch] for batch in few.batches(size)]

@@ -12,10 +12,14 @@ from diffmask_fast.probes import Probe
 from diffmask_fast.tasks.toy import ToyModel, toy_examples
 
 TEXTS = ["a fine film", "the old king walked in paris .", "dull", "who was the new queen of the city ?"]
-PAIRS = [("who was king?", "the old king walked in münchen ."), ("where?", "a dull film in paris"), ("what?", "a cat")]
+PAIRS = [
+    ("who was king?", "the old king walked in münchen ."),
+    ("where?", "a dull film in paris"),
+    ("what?", "a cat"),
+]
 
-# Two layers of some ten operations each; a sum of at most 32 terms rounds by about the root of that, 6 eps; a head
-# with slopes up to 4 follows on the way to a probability or a divergence.
+# Two layers of some ten operations each; a sum of at most 32 terms rounds by about the root of that, 6 eps;
+# a head with slopes up to 4 follows on the way to a probability or a divergence.
 TOLERANCE = 2 * 10 * 6 * 4 * torch.finfo(torch.float32).eps
 
 
@@ -131,7 +135,10 @@ def test_a_broken_head_is_one_error_that_names_the_prediction(tiny_bert: Any, to
 
 
 def test_one_text_may_be_given_bare(classifier: Any, tokenizer: Any) -> None:
-    bare, listed = explain(classifier, a_probe(), TEXTS[1], tokenizer), explain(classifier, a_probe(), TEXTS[1:2], tokenizer)
+    bare, listed = (
+        explain(classifier, a_probe(), TEXTS[1], tokenizer),
+        explain(classifier, a_probe(), TEXTS[1:2], tokenizer),
+    )
     assert bare.tokens == listed.tokens and torch.equal(bare.keep, listed.keep)
 
 
@@ -213,7 +220,10 @@ def test_the_divergence_is_between_the_original_and_the_thresholded_prediction(c
         for site, layer in ((1, layers[0]), (2, layers[1])):
             kept = (result.keep[:, site] > 0.5)[None, :, None]
             hook = layer.register_forward_pre_hook(
-                lambda _, args, kept=kept, site=site: (torch.where(kept, args[0], probe.baselines[site]), *args[1:])
+                lambda _, args, kept=kept, site=site: (
+                    torch.where(kept, args[0], probe.baselines[site]),
+                    *args[1:],
+                )
             )
             masked = classifier(**inputs).logits.log_softmax(-1)
             hook.remove()

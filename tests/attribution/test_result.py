@@ -85,12 +85,8 @@ def test_concat_keeps_the_meta_on_which_all_parts_agree(result: Attributions) ->
     assert Attributions.concat([result, other]).meta == {k: v for k, v in result.meta.items() if k != "seed"}
 
 
-@pytest.mark.parametrize(
-    "change", [{"site_names": ("a", "b", "c")}, {"method": "other"}, {"masking": "input"}]
-)
-def test_parts_that_mean_different_things_do_not_concatenate(
-    result: Attributions, change: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("change", [{"site_names": ("a", "b", "c")}, {"method": "other"}, {"masking": "input"}])
+def test_parts_that_mean_different_things_do_not_concatenate(result: Attributions, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(change))} of part 1"):
         result + dataclasses.replace(result, **change)
 
@@ -106,9 +102,7 @@ def test_adding_something_else_is_a_type_error(result: Attributions) -> None:
 
 
 @pytest.mark.parametrize("segment", [None, 0, 1, 2])
-def test_mean_keep_is_the_mean_over_texts_of_the_mean_over_tokens(
-    result: Attributions, segment: int | None
-) -> None:
+def test_mean_keep_is_the_mean_over_texts_of_the_mean_over_tokens(result: Attributions, segment: int | None) -> None:
     means = []
     for text in result:
         chosen = text.keep.double() if segment is None else text.keep.double()[text.segments == segment]
@@ -186,9 +180,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         Attributions.load(tmp_path / "model")
 
 
-def rewritten(
-    result: Attributions, path: Path, change: dict[str, Any], tensors: dict[str, torch.Tensor]
-) -> Path:
+def rewritten(result: Attributions, path: Path, change: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
     result.save(path)
     description = {
         "format": "diffmask_fast.attributions",

@@ -46,9 +46,7 @@ def test_an_unknown_name_in_the_environment_is_an_error_that_says_where_it_came_
         backends.choose("auto", "cpu", FLOAT)
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype", "reason"), [("cuda", FLOAT, "on cuda"), ("cpu", DOUBLE, "float64")]
-)
+@pytest.mark.parametrize(("device", "dtype", "reason"), [("cuda", FLOAT, "on cuda"), ("cpu", DOUBLE, "float64")])
 def test_a_backend_asked_for_by_name_that_refuses_the_states_says_why(device, dtype, reason):
     with pytest.raises(RuntimeError, match=reason):
         backends.choose("cpu", device, dtype)

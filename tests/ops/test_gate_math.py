@@ -47,9 +47,7 @@ def apply(function, x: np.ndarray) -> np.ndarray:
 
 def ulps(ours: np.ndarray, exact: np.ndarray) -> float:
     """The largest error, in units in the last place of float32 at the exact value."""
-    return float(
-        (np.abs(ours.astype(np.float64) - exact) / np.spacing(np.abs(exact).astype(np.float32))).max()
-    )
+    return float((np.abs(ours.astype(np.float64) - exact) / np.spacing(np.abs(exact).astype(np.float32))).max())
 
 
 def test_exp_is_within_one_ulp(library):
@@ -78,9 +76,7 @@ def test_log1p_is_within_two_ulps(library):
 def test_every_16_bit_number_is_loaded_exactly(library, dtype):
     x = np.arange(2**16, dtype=np.uint16)
     out = np.empty(x.size, dtype=np.float32)
-    library.load_all(
-        ctypes.c_int64(dtype == torch.bfloat16), pointer(x), pointer(out), ctypes.c_int64(x.size)
-    )
+    library.load_all(ctypes.c_int64(dtype == torch.bfloat16), pointer(x), pointer(out), ctypes.c_int64(x.size))
     expected = torch.from_numpy(x.view(np.int16)).view(dtype).float().numpy()
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(np.signbit(out), np.signbit(expected))
@@ -90,14 +86,10 @@ def test_every_16_bit_number_is_loaded_exactly(library, dtype):
 def test_storing_rounds_to_nearest_even_as_pytorch_does(library, dtype):
     # Every bit pattern of the upper half of a float32, with lower halves around each way of rounding.
     upper = np.arange(2**16, dtype=np.uint32)[:, None] << 16
-    lower = np.array(
-        [0, 1, 0x0FFF, 0x1000, 0x1001, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32
-    )
+    lower = np.array([0, 1, 0x0FFF, 0x1000, 0x1001, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32)
     x = np.ascontiguousarray((upper | lower).reshape(-1)).view(np.float32)
     out = np.empty(x.size, dtype=np.uint16)
-    library.store_all(
-        ctypes.c_int64(dtype == torch.bfloat16), pointer(x), pointer(out), ctypes.c_int64(x.size)
-    )
+    library.store_all(ctypes.c_int64(dtype == torch.bfloat16), pointer(x), pointer(out), ctypes.c_int64(x.size))
     expected = torch.from_numpy(x).to(dtype)
     ours = torch.from_numpy(out.view(np.int16)).view(dtype)
     assert torch.equal(ours.isnan(), expected.isnan())

@@ -204,9 +204,7 @@ def test_each_output_alone_has_the_gradients_of_the_formula(case, backend, outpu
     ours = gate_mix(*inputs, backend=backend)[output]
     grad = gradients([ours])[0]
     expected = torch.autograd.grad(reference_output, exact[:3], grad.double(), allow_unused=True)
-    for mine, theirs in zip(
-        torch.autograd.grad(ours, inputs[:3], grad, allow_unused=True), expected, strict=True
-    ):
+    for mine, theirs in zip(torch.autograd.grad(ours, inputs[:3], grad, allow_unused=True), expected, strict=True):
         # As above: the condition of the slope is that of z / temperature.
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
 

@@ -36,9 +36,7 @@ def test_probability_of_an_open_gate_is_the_share_of_uniforms_that_open_it(law):
 @pytest.mark.parametrize("baseline", [(5,), (3, 5), (1, 3, 5), (2, 1, 5), (2, 3, 5)])
 def test_backward_is_the_gradient_of_forward(case, baseline):
     states, logits, baseline, seed = case((2, 3), 5, 4, baseline, torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda *inputs: tuple(gate_mix(*inputs, seed)), (states, logits, baseline)
-    )
+    assert torch.autograd.gradcheck(lambda *inputs: tuple(gate_mix(*inputs, seed)), (states, logits, baseline))
 
 
 def test_backward_matches_autograd_where_several_gates_are_exactly_zero(case):

@@ -44,9 +44,7 @@ def test_compile_takes_it_whole_and_gives_the_eager_bits(case, backend, dynamic)
     for (eager, result), (ours, mine) in [(step(*inputs), compiled(*inputs))]:
         assert all(torch.equal(a, b) for a, b in zip(result, mine, strict=True))
         expected = torch.autograd.grad(eager, inputs[:3])
-        assert all(
-            torch.equal(a, b) for a, b in zip(expected, torch.autograd.grad(ours, inputs[:3]), strict=True)
-        )
+        assert all(torch.equal(a, b) for a, b in zip(expected, torch.autograd.grad(ours, inputs[:3]), strict=True))
 
 
 @pytest.mark.slow

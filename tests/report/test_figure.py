@@ -87,9 +87,7 @@ def test_the_ending_chooses_the_format(sst: Attributions, tmp_path: Path, ending
     assert set(tmp_path.iterdir()) == {first, second}
 
 
-def test_an_ending_that_matplotlib_does_not_know_leaves_nothing_behind(
-    sst: Attributions, tmp_path: Path
-) -> None:
+def test_an_ending_that_matplotlib_does_not_know_leaves_nothing_behind(sst: Attributions, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not supported"):
         figure.heatmap(sst[0], tmp_path / "a.xyz")
     assert list(tmp_path.iterdir()) == []
@@ -111,9 +109,7 @@ def test_curves_by_site_are_the_means_of_all_question_and_passage(squad: Attribu
     lines = {line.get_label(): line.get_ydata() for line in figure.by_site(squad).axes[0].get_lines()}
     assert set(lines) == {"all tokens", "question", "passage"}
     for label, segment in (("all tokens", None), ("question", 1), ("passage", 2)):
-        assert torch.equal(
-            torch.tensor(np.asarray(lines[label]), dtype=torch.float32), squad.mean_keep(segment)
-        )
+        assert torch.equal(torch.tensor(np.asarray(lines[label]), dtype=torch.float32), squad.mean_keep(segment))
 
 
 def test_single_texts_have_one_curve(sst: Attributions) -> None:

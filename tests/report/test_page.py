@@ -121,9 +121,7 @@ def test_the_slider_shows_what_holds_at_its_site(squad: Attributions, opened: Op
     assert text(page, "masked") == squad.masked[2][site]
     assert text(page, "kl") == f"{squad.divergence[2, site]:.3f}"
     assert text(page, "kept") == f"{int((keep > 0.5).sum())} of {len(keep)}"
-    assert text(page, "verdict") == (
-        "same prediction" if squad.kept_prediction[2, site] else "prediction changed"
-    )
+    assert text(page, "verdict") == ("same prediction" if squad.kept_prediction[2, site] else "prediction changed")
     assert squad.site_names[site] in page.find_element("id", "slider").get_attribute("aria-valuetext")
 
 
@@ -172,9 +170,7 @@ def test_the_site_can_be_changed_by_keyboard(squad: Attributions, opened: Open) 
     from selenium.webdriver import ActionChains, Keys
 
     page = opened(squad)
-    ActionChains(page).send_keys(
-        Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT
-    ).perform()
+    ActionChains(page).send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT).perform()
     assert text(page, "site") == "13 · last"
     ActionChains(page).send_keys(Keys.ARROW_LEFT).perform()
     assert text(page, "site") == "12 · layer 11"
@@ -241,9 +237,7 @@ def test_the_policy_stops_markup_that_got_in_after_all(sst: Attributions, opened
         document.body.append(e);
         e.click()""")
     assert page.title == "safe"
-    assert (
-        "Content Security Policy" in driver.get_log("browser")[0]["message"]
-    )  # and so the log is empty again
+    assert "Content Security Policy" in driver.get_log("browser")[0]["message"]  # and so the log is empty again
 
 
 def test_pointing_at_a_token_shows_its_own_bars(squad: Attributions, opened: Open) -> None:

@@ -140,9 +140,7 @@ def test_the_summary_has_a_row_of_means_for_every_site(squad: Attributions) -> N
         parts = (squad.mean_keep(1)[i], squad.mean_keep(2)[i])
         # printed with three digits, the percentage with one
         assert numbers == pytest.approx([float(x) for x in (keep, divergence, same, *parts)], abs=0.0501)
-        assert numbers[:2] + numbers[3:] == pytest.approx(
-            [float(x) for x in (keep, divergence, *parts)], abs=0.000501
-        )
+        assert numbers[:2] + numbers[3:] == pytest.approx([float(x) for x in (keep, divergence, *parts)], abs=0.000501)
 
 
 def test_the_summary_of_single_texts_has_no_segments(sst: Attributions) -> None:

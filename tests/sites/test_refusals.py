@@ -14,9 +14,7 @@ from diffmask_fast.sites import patch, register_sites
 def test_a_site_that_there_is_not_is_refused_with_the_list_of_sites(make_bert, inputs, use, site):
     state = torch.zeros(2, 7, 16)
     request = {"capture": (site,), "replace": {site: state}, "stop": site, "resume": (site, state)}[use]
-    with pytest.raises(
-        ValueError, match=rf"no site {site}; the sites of BertModel are\n +0  embedding"
-    ) as error:
+    with pytest.raises(ValueError, match=rf"no site {site}; the sites of BertModel are\n +0  embedding") as error:
         patch(make_bert()).run(inputs, **{use: request})
     assert "4  last: output 0 of encoder.layer.2" in str(error.value)
 

@@ -147,8 +147,6 @@ def test_wrapped_models_are_refused_with_the_name_of_what_is_inside(gru, make_be
 
 
 def test_importing_sites_loads_no_other_library_than_torch():
-    code = (
-        "import sys, diffmask_fast.sites; print([m for m in ('transformers', 'triton') if m in sys.modules])"
-    )
+    code = "import sys, diffmask_fast.sites; print([m for m in ('transformers', 'triton') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -15,9 +15,7 @@ from diffmask_fast.sites import patch, register_sites
 
 
 @pytest.mark.parametrize("site", range(5))
-def test_stop_gives_the_states_up_to_the_site_and_runs_no_layer_above(
-    make_bert, inputs, site, attention_calls
-):
+def test_stop_gives_the_states_up_to_the_site_and_runs_no_layer_above(make_bert, inputs, site, attention_calls):
     model = make_bert("BertForMaskedLM")
     patched = patch(model)
     plain = patched.run(inputs, capture=range(5)).states
@@ -53,9 +51,7 @@ def test_stop_passes_a_model_that_catches_exceptions():
 def test_a_stopped_run_keeps_no_state_but_the_captured_ones(make_bert, inputs):
     model = make_bert()
     passing = []
-    model.encoder.layer[0].attention.register_forward_hook(
-        lambda _, __, out: passing.append(weakref.ref(out[0]))
-    )
+    model.encoder.layer[0].attention.register_forward_hook(lambda _, __, out: passing.append(weakref.ref(out[0])))
     gc.disable()  # so that a state held by a cycle would be found here
     try:
         with torch.no_grad():
@@ -70,9 +66,7 @@ def test_a_stopped_run_keeps_no_state_but_the_captured_ones(make_bert, inputs):
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_resume_with_the_models_own_state_gives_the_plain_output(
-    make_bert, inputs, head, attention, layers, same
-):
+def test_resume_with_the_models_own_state_gives_the_plain_output(make_bert, inputs, head, attention, layers, same):
     model = make_bert(head, attention, layers)
     plain = model(**inputs)
     first = patch(model)
@@ -127,9 +121,7 @@ def test_resume_and_stop_run_only_what_lies_between(make_bert, inputs, attention
 def test_a_replacement_above_the_site_of_resume_is_made(make_bert, inputs):
     patched = patch(make_bert())
     state = patched.run(inputs, capture=(2,)).states[2]
-    both = patched.run(
-        inputs, resume=(2, state), replace={3: lambda s: s + 1, 4: torch.ones(2, 7, 16)}
-    ).output
+    both = patched.run(inputs, resume=(2, state), replace={3: lambda s: s + 1, 4: torch.ones(2, 7, 16)}).output
     assert torch.equal(both.last_hidden_state, torch.ones(2, 7, 16))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,13 +64,13 @@ def observe(multipliers: Control, divergence: float, steps: int) -> torch.Tensor
 def test_control_rises_at_every_step_of_a_violation() -> None:
     multipliers = Control(3, CONTROL)
     values = [observe(multipliers, 0.6, 1) for _ in range(20)]
-    assert all((later[1:] > earlier[1:]).all() for earlier, later in zip(values, values[1:], strict=False))
+    assert all((later[1:] > earlier[1:]).all() for earlier, later in pairwise(values))
 
 
 def test_control_falls_at_every_step_of_slack() -> None:
     multipliers = Control(3, CONTROL)
     values = [observe(multipliers, 0.4, 1) for _ in range(20)]
-    assert all((later[1:] < earlier[1:]).all() for earlier, later in zip(values, values[1:], strict=False))
+    assert all((later[1:] < earlier[1:]).all() for earlier, later in pairwise(values))
 
 
 def test_control_rests_where_the_constraint_just_holds() -> None:

@@ -85,7 +85,9 @@ def plain_masked(model: nn.Module, inputs: dict[str, Tensor], site: int, state: 
     if site <= len(layers):
         hook = layers[site - 1].register_forward_pre_hook(lambda _, args: (state, *args[1:]))
     else:
-        hook = layers[-1].register_forward_hook(lambda _, __, out: state if isinstance(out, Tensor) else (state, *out[1:]))
+        hook = layers[-1].register_forward_hook(
+            lambda _, __, out: state if isinstance(out, Tensor) else (state, *out[1:])
+        )
     try:
         return model(**inputs)
     finally:
@@ -126,7 +128,9 @@ def same(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
     """float64: sums of some hundred products of size 1, 1e-16 each, through slopes of at most some hundred."""
     assert ours.keys() == plain.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], plain[name], rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            ours[name], plain[name], rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("masking", ["input", "hidden"])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 
@@ -22,9 +22,15 @@ from diffmask_fast.probes import Probe
 from diffmask_fast.tasks import toy
 from diffmask_fast.training import trainer as module
 from diffmask_fast.training.objective import Objective
-from diffmask_fast.training.trainer import COMPLETE, fresh_probe, newest_checkpoint, optimizer_for, train_probe
+from diffmask_fast.training.trainer import (
+    COMPLETE,
+    fresh_probe,
+    newest_checkpoint,
+    optimizer_for,
+    train_probe,
+)
 
-# 64 examples in batches of 16 and three epochs: 12 steps, checkpoints at 3, 6, 9 and 12, most of them within an epoch
+# 64 examples in batches of 16 and three epochs: 12 steps, checkpoints at 3, 6, 9 and 12, most within an epoch
 SMALL = {"epochs": 3, "batch_size": 16, "warmup_steps": 2}
 RECIPES = {name: replace(recipe, **SMALL) for name, recipe in toy.RECIPES.items()}
 STEPS, SAVE = 12, 3
@@ -43,7 +49,7 @@ def train(folder: Path, recipe: str = "steady", masking: str = "hidden", resume:
     )
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -57,7 +63,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch):
 
         def counted(self: Objective, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
             if next(steps) == step:
-                raise Stopped
+                raise StoppedError
             return forward(self, **inputs)
 
         monkeypatch.setattr(Objective, "forward", counted)
@@ -77,7 +83,7 @@ def test_a_stopped_run_that_resumes_ends_in_the_same_bits(
 ) -> None:
     whole = train(tmp_path / "whole", recipe, masking)
     stop_at(step)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(tmp_path / "stopped", recipe, masking)
     stop_at(None)
     resumed = train(tmp_path / "stopped", recipe, masking, resume=True)
@@ -106,17 +112,16 @@ def test_lookaheads_slow_weights_are_in_the_checkpoint(tmp_path: Path) -> None:
     objective = train(tmp_path, "published")
     state = torch.load(tmp_path / f"checkpoint-{STEPS}" / "optimizer.pt")
     slow = [entry["slow_params"] for entry in state["lookahead_state"].values()]
-    assert [tuple(one.shape) for one in slow] == [tuple(p.shape) for p in objective.parameters_of_all_groups()] if hasattr(
-        objective, "parameters_of_all_groups"
-    ) else len(slow) == len(list(objective.parameters()))
+    trained = [p for group in optimizer_for(objective).param_groups for p in group["params"]]
+    assert [one.shape for one in slow] == [p.shape for p in trained]
 
 
 def test_training_moves_every_head_and_baseline_and_the_multipliers(tmp_path: Path) -> None:
-    _, before, _ = prepared("published")
-    objective = train(tmp_path, "published")
+    _, before, _ = prepared()
+    objective = train(tmp_path)
     after = objective.probe.state_dict()
     assert not any(torch.equal(value, after[name]) for name, value in before.state_dict().items())
-    assert not torch.equal(objective.multipliers.current(), torch.ones(2))
+    assert (objective.multipliers.current() != RECIPES["steady"].initial_multiplier).all()
 
 
 def test_a_run_that_resumes_after_its_last_step_changes_nothing(tmp_path: Path) -> None:
@@ -136,7 +141,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Pat
 def test_an_epoch_visits_every_example_once_and_no_two_epochs_in_the_same_order(tmp_path: Path) -> None:
     model, probe, examples = prepared()
     orders: list[list[int]] = []
-    args = module.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=16)
+    args = module.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=16
+    )
     with module.patch(model) as patched:
         trainer = module.ProbeTrainer(Objective(patched, probe, RECIPES["steady"]), examples, args)
         for epoch in (0.0, 0.5, 1.0):
@@ -210,7 +217,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin", COMPLETE],
+    [
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "training_args.bin",
+        COMPLETE,
+    ],
 )
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_checkpoint_file_is_one_error_that_names_it(
@@ -242,19 +257,15 @@ def test_two_checkpoints_are_kept(finished: Path) -> None:
 
 def test_a_checkpoint_holds_probe_and_multipliers_and_nothing_of_the_model(finished: Path) -> None:
     folder = finished / f"checkpoint-{STEPS}"
-    model, probe, _ = prepared("published")
+    _, probe, _ = prepared("published")
     names = set(load_file(folder / "model.safetensors"))
     assert names == {f"probe.{name}" for name in probe.state_dict()} | {"multipliers.value"}
-    # Lookahead's slow weight, RMSprop's running square and mean, and its step: nothing else, and of nothing else
-    trained = sum(p.numel() for p in probe.parameters()) + 2
+    trained = [*probe.parameters(), torch.zeros(2)]
     state = torch.load(folder / "optimizer.pt")
-    tensors = [value for entry in state["lookahead_state"].values() for value in entry.values()]
-    tensors += [v for entry in state["base_optimizer"]["state"].values() for v in entry.values() if v.dim() or v.numel() > 1]
-    scalars = sum(1 for p in probe.parameters() if p.dim() == 0) * 2
-    assert sum(t.numel() for t in tensors) + scalars >= 3 * trained - scalars
-    assert sum(t.numel() for t in tensors) <= 3 * trained + scalars
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    assert size < 4 * 4 * trained + 60_000  # the rest: random states, the trainer's own, names
+    entries = [*state["lookahead_state"].values(), *state["base_optimizer"]["state"].values()]
+    numbers = sum(value.numel() for entry in entries for name, value in entry.items() if name != "step")
+    # Lookahead's slow weight, RMSprop's running mean and running square
+    assert numbers == 3 * sum(value.numel() for value in trained)
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
@@ -277,7 +288,7 @@ def test_a_fresh_probes_baselines_are_the_mean_states_of_real_tokens() -> None:
     asked = model.query_embedding(inputs["query"]).flatten(1).unsqueeze(1).expand(-1, digits.shape[1], -1)
     hidden = model.encoder(torch.cat([asked, digits], -1))
     for baseline, states in zip(probe.baselines, (digits, hidden), strict=True):
-        # a mean over some 350 tokens, against one in float64
+        # means of some 350 float32 numbers below 3, one of them summed in float64
         torch.testing.assert_close(baseline, states[real].mean(0), rtol=0, atol=64 * torch.finfo(torch.float32).eps)
 
 
@@ -298,13 +309,14 @@ def test_the_multipliers_climb_and_the_probe_descends() -> None:
     assert [group["maximize"] for group in groups] == [False, False, True]
     assert [group["lr"] for group in groups] == [3e-4, 3e-4, 0.3]
     trained = [p for group in groups for p in group["params"]]
-    assert {id(p) for p in trained} == {id(p) for p in objective.parameters()} and len(trained) == len(set(map(id, trained)))
+    assert sorted(map(id, trained)) == sorted(map(id, objective.parameters()))
 
 
 TWO_PROCESSES = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 import test_trainer as t
+from safetensors.torch import save_file
 from diffmask_fast.training import objective as o
 rank, folder = int(t.os.environ["RANK"]), t.Path({folder!r})
 torch.set_num_threads(1)
@@ -317,17 +329,19 @@ whole = t.train(folder / "whole", {recipe!r})
 forward, steps = t.Objective.forward, iter(range(1000))
 def stopped(self, **inputs):
     if next(steps) == 4:
-        raise t.Stopped
+        raise t.StoppedError
     return forward(self, **inputs)
 t.Objective.forward = stopped
 try:
     t.train(folder / "stopped", {recipe!r})
-except t.Stopped:
+except t.StoppedError:
     t.Objective.forward = forward
+torch.distributed.barrier()  # the mark of the checkpoint is the first process's work
 resumed = t.train(folder / "stopped", {recipe!r}, resume=True)
-state = {{**{{"whole." + n: v.clone() for n, v in whole.state_dict().items()}},
-         **{{"resumed." + n: v.clone() for n, v in resumed.state_dict().items()}}, "seeds": torch.stack(seeds)}}
-t.save_file(state, folder / f"rank{{rank}}.safetensors")
+state = {{"seeds": torch.stack(seeds)}}
+for run, objective in (("whole", whole), ("resumed", resumed)):
+    state |= {{run + "." + name: value.clone() for name, value in objective.state_dict().items()}}
+save_file(state, folder / f"rank{{rank}}.safetensors")
 """
 
 
@@ -336,9 +350,18 @@ t.save_file(state, folder / f"rank{{rank}}.safetensors")
 def test_two_processes_end_with_equal_probes_also_when_they_resume(recipe: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent), folder=str(tmp_path), recipe=recipe))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
+    done = subprocess.run(
+        launch, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
     zero, one = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     seeds = zero.pop("seeds"), one.pop("seeds")
     assert not (seeds[0][:, 0] == seeds[1][:, 0]).any()  # different gates on each process

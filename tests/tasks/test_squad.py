@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffmask_fast.attribution import Attributions
+from diffmask_fast.data import TooLongError
+from diffmask_fast.probes import load_probe
+from diffmask_fast.tasks import squad
+
+QUESTIONS = [
+    ("who was king ?", "the old king walked in münchen ."),
+    ("where is the film ?", "a dull film in paris , the city of year 1"),
+    ("what is red ?", "a red house , a blue bird"),
+]
+COLUMNS = {
+    "kl", "open", "kept_prediction", "open_question", "open_passage", "sampled_kl", "sampled_open",
+    "sampled_kept_prediction",
+}  # fmt: skip
+
+
+def as_squad(pairs: list[tuple[str, str]]) -> dict:
+    paragraphs = [{"context": passage, "qas": [{"question": question, "id": "1"}]} for question, passage in pairs]
+    return {"version": "1.1", "data": [{"title": "x", "paragraphs": paragraphs}]}
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(as_squad(QUESTIONS), ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def refused(tmp_path: Path, content: bytes | str | object, match: str) -> None:
+    path = tmp_path / "broken.json"
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=match) as caught:
+        squad.read_squad(path)
+    assert str(path) in str(caught.value)
+
+
+def test_questions_come_with_their_passages(questions: Path) -> None:
+    assert squad.read_squad(questions) == QUESTIONS
+
+
+def test_questions_lose_the_spaces_around_them_and_passages_keep_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps(as_squad([("  who? \n", " a  film ")])))
+    assert squad.read_squad(path) == [("who?", " a  film ")]
+
+
+@pytest.mark.parametrize("content", ["", "question,context\nwho?,me", '{"data": [', b"\xff\xfe\x00\x01"])
+def test_a_file_that_is_no_json_is_refused(content: bytes | str, tmp_path: Path) -> None:
+    refused(tmp_path, content, "is not JSON .*; expected a SQuAD file")
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ([], "data"),
+        ("null", "data"),
+        ({"rows": []}, "data"),
+        ({"data": {"question": "who?"}}, r"data\[0\]"),
+        ({"data": [{"paragraphs": None}]}, r"data\[0\]"),
+        ({"data": [as_squad(QUESTIONS)["data"][0], {"title": "y"}]}, r"data\[1\]"),
+        ({"data": [{"paragraphs": [{"context": "x", "qas": []}, {"qas": []}]}]}, r"data\[0\]\.paragraphs\[1\]"),
+        ({"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 1}]}]}]}, r"data\[0\]\.paragraphs\[0\]"),
+        ({"data": [{"paragraphs": [{"context": "x", "qas": [{"question": 3}]}]}]}, r"data\[0\]\.paragraphs\[0\]"),
+        ({"data": [{"paragraphs": [{"context": 3, "qas": [{"question": "who?"}]}]}]}, r"data\[0\]\.paragraphs\[0\]"),
+    ],
+)  # fmt: skip
+def test_json_that_is_not_squad_is_refused_and_the_place_named(content: object, place: str, tmp_path: Path) -> None:
+    refused(tmp_path, content, rf"is JSON but not SQuAD: at {place}: ")
+
+
+@pytest.mark.parametrize("content", [{"data": []}, {"data": [{"paragraphs": []}]}])
+def test_a_file_without_a_question_is_refused(content: dict, tmp_path: Path) -> None:
+    refused(tmp_path, content, "holds no question")
+
+
+def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)  # as where it is not installed
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json: there is no such file"):
+        squad.read_squad(tmp_path / "nothing.json")
+
+
+def test_a_folder_is_no_squad_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=str(tmp_path)):
+        squad.read_squad(tmp_path)
+
+
+def test_questions_longer_than_the_model_takes_are_counted_and_left_out(tokenizer: Any, tiny_bert: Any) -> None:
+    pairs = [QUESTIONS[0], ("who ?", "film " * 40), QUESTIONS[1]]
+    examples, too_long = squad.squad_examples(pairs, tokenizer, tiny_bert("ForQuestionAnswering"))
+    assert (len(examples), too_long) == (2, 1)
+    with pytest.raises(TooLongError, match="all 1 questions with their passages are longer than the model's 32 tokens"):
+        squad.squad_examples(pairs[1:2], tokenizer, tiny_bert("ForQuestionAnswering"))
+
+
+def check_metrics(metrics: dict, sites: int) -> None:
+    assert len(metrics["sites"]) == sites and set(metrics) == {"sites", "overall", "questions", "seconds"}
+    for row in (*metrics["sites"].values(), metrics["overall"]):
+        assert set(row) == COLUMNS
+        assert all(math.isfinite(value) and value >= 0 for value in row.values())
+        assert all(row[name] <= 1 for name in COLUMNS - {"kl", "sampled_kl"})
+
+
+@pytest.mark.parametrize("recipe", ["steady", "published"])
+def test_a_run_goes_from_questions_to_a_report_and_a_finished_one_is_not_run_again(
+    recipe: str, questions: Path, qa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    out, options = tmp_path / "run", {"recipe": recipe, "epochs": 2.0, "bf16": False, "quiet": True}
+    metrics = squad.run(str(qa_folder), questions, questions, out, **options)
+    check_metrics(metrics, sites=4)
+    assert metrics["questions"] == {"train": 3, "eval": 3, "too_long": [0, 0]}
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    attributions, probe = (
+        Attributions.load(out / "attributions.safetensors"),
+        load_probe(out / "probe.safetensors"),
+    )
+    assert len(attributions) == 3 and attributions.masking == probe.masking == "input"
+    assert probe.sizes == (16,) * 4 and probe.meta["recipe"] == recipe and probe.meta["model"] == str(qa_folder)
+    assert {path.name for path in out.iterdir()} >= {
+        "report.html",
+        "example.png",
+        "by_site.png",
+        "config.json",
+    }
+    monkeypatch.setattr(squad, "explain", None)  # what a second run would need
+    assert squad.run(str(qa_folder), questions, questions, out, resume=True, **options) == metrics
+
+
+def test_a_run_resumes_to_the_same_bits_after_it_stopped_behind_the_training(
+    questions: Path, qa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"epochs": 3.0, "bf16": False, "quiet": True}
+    whole = squad.run(str(qa_folder), questions, questions, tmp_path / "whole", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(squad, "save_probe", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            squad.run(str(qa_folder), questions, questions, tmp_path / "stopped", **options)
+    resumed = squad.run(str(qa_folder), questions, questions, tmp_path / "stopped", resume=True, **options)
+    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
+    one, other = (load_probe(tmp_path / run / "probe.safetensors").state_dict() for run in ("whole", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_on_a_model_that_is_not_there_leaves_the_folder_free(
+    questions: Path, qa_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        squad.run(str(tmp_path / "nowhere"), questions, questions, out, quiet=True)
+    squad.run(str(qa_folder), questions, questions, out, epochs=1.0, bf16=False, quiet=True)
+    assert (out / "metrics.json").exists()
+
+
+def test_a_run_may_use_bfloat16_for_the_frozen_model(questions: Path, qa_folder: Path, tmp_path: Path) -> None:
+    metrics = squad.run(str(qa_folder), questions, questions, tmp_path / "run", epochs=1.0, bf16=True, quiet=True)
+    check_metrics(metrics, sites=4)
+    weights = load_probe(tmp_path / "run" / "probe.safetensors").state_dict()
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_a_run_on_real_questions_and_a_real_model_leaves_sound_metrics(shared: Path, tmp_path: Path) -> None:
+    data = shared / "data" / "squad"
+    metrics = squad.run(
+        str(shared / "models" / "minilm-l6-squad"), data / "train.json", data / "dev.json", tmp_path / "run",
+        limit=16, epochs=1.0, quiet=True,
+    )  # fmt: skip
+    check_metrics(metrics, sites=8)
+    assert metrics["questions"]["eval"] + metrics["questions"]["too_long"][1] == 16
+    attributions = Attributions.load(tmp_path / "run" / "attributions.safetensors")
+    assert (attributions.keep[:, 1:] <= attributions.keep[:, :-1]).all()
+    assert all(original != "(no span)" for original in attributions.original)
