@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 OLD_TRANSFORMERS := $(VENV)/transformers-4.57
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test clean
+.PHONY: help setup demo test squad bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -50,6 +50,14 @@ test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.done ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest tests/sites
+
+# Slow: half an hour. MODEL, TRAIN and EVAL are a question-answering model and SQuAD files.
+squad: $(VENV)/.package ## MODEL= TRAIN= EVAL= [SEED=0]: an input-masking probe on questions
+	$(BIN)/diffmask-fast train squad --model $(MODEL) --train $(TRAIN) --eval $(EVAL) --seed $(or $(SEED),0) \
+		--out runs/squad-$(or $(SEED),0)
+
+bench: $(VENV)/.dev ## time gate_mix against what else there is
+	$(BIN)/python bench/ops.py
 
 clean: ## remove what was built and trained, and .venv
 	rm -rf $(VENV) build dist runs *.egg-info diffmask_fast/_cpp*.so

@@ -43,6 +43,9 @@ class Ascent(nn.Module):
             self.value.clamp_(0, self.largest)  # what the optimiser's last step may have left outside
         return sparsity + self.value[sites] * (divergence - self.tolerance)
 
+    def tighten(self, progress: float) -> None:
+        """Nothing to do: the published recipe aims at the tolerance throughout."""
+
     def urgency(self) -> Tensor:
         """(sites,) how often each site is drawn, up to scale: all alike."""
         return torch.ones_like(self.value.detach())
@@ -60,9 +63,14 @@ class Control(nn.Module):
     def __init__(self, sites: int, recipe: Recipe) -> None:
         super().__init__()
         self.register_buffer("integral", torch.full((sites,), math.log(recipe.initial_multiplier)))
-        self.aim = recipe.tolerance * recipe.margin
-        self.register_buffer("average", torch.full((sites,), self.aim))
+        self.tolerance, self.margin = recipe.tolerance, recipe.margin
+        self.register_buffer("average", torch.full((sites,), recipe.tolerance))
+        self.tighten(0.0)
         self.rate, self.largest = recipe.multiplier_rate, recipe.largest_multiplier
+
+    def tighten(self, progress: float) -> None:
+        """Aim at the tolerance first and at the margin's share of it in the end, in equal steps."""
+        self.aim = self.tolerance * (1 + (self.margin - 1) * progress)
 
     def current(self) -> Tensor:
         """(sites,)"""

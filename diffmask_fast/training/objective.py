@@ -64,8 +64,10 @@ class Objective(nn.Module):
         self.statistics.add(sites, divergence, ((gates != 0) * real).sum(-1) / real.sum(-1))
         return {"loss": loss}
 
-    def widen_bound(self, progress: float) -> None:
-        """Set the heads' bound for a training that is `progress` (0 to 1) done."""
+    def set_progress(self, progress: float) -> None:
+        """Set what changes in the course of a training that is `progress` (0 to 1) done: the heads' bound, and what
+        divergence the multipliers aim at."""
+        self.multipliers.tighten(progress)
         final, initial = self.recipe.bound, self.recipe.initial_bound
         if final is not None and initial is not None:
             self.probe.set_bound(initial + (final - initial) * progress)

@@ -11,8 +11,8 @@ class Recipe:
 
     Attributes:
         tolerance: the KL (nats, mean over examples) that the masked prediction may differ by.
-        margin: the controller aims at this share of the tolerance, because the constraint is to hold on texts that the
-            probe was not trained on, where the divergence is larger.
+        margin: the controller aims at the tolerance first and, in equal steps, at this share of it in the end, because
+            the constraint is to hold on texts that the probe was not trained on, where the divergence is larger.
         bias, bound: of the gate heads, see `GateHead`.
         initial_bound: the bound at the start, which grows to `bound` in equal steps; None keeps it constant. Gates that
             are nearly shut or nearly open get no gradient, so early ones must not get there.

@@ -34,7 +34,7 @@ class ProbeTrainer(Trainer):
         super().__init__(objective, args, data_collator=examples.collate, train_dataset=examples, **more)
         self.model_accepts_loss_kwargs = False  # the objective hands its arguments to the frozen model
         self.add_callback(_MarkComplete())
-        self.add_callback(_WidenBound(objective))
+        self.add_callback(_SetProgress(objective))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -62,14 +62,14 @@ class _ByLength(LengthGroupedSampler):
         return super().__iter__()
 
 
-class _WidenBound(TrainerCallback):
-    """Moves the heads' bound from the recipe's initial to its final one; it follows from the step, so resume has it."""
+class _SetProgress(TrainerCallback):
+    """Tells the objective how far it is. All that follows from the step is not saved: resume finds it again."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.objective.widen_bound(state.global_step / state.max_steps)
+        self.objective.set_progress(state.global_step / state.max_steps)
 
 
 class _MarkComplete(TrainerCallback):
@@ -168,7 +168,7 @@ def train_probe(
 
             trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.objective.widen_bound(1.0)
+        trainer.objective.set_progress(1.0)
         return trainer.objective
 
 

@@ -12,7 +12,8 @@ from diffmask_fast.training.recipe import Recipe
 
 RECIPE = Recipe(tolerance=0.5, initial_multiplier=2.0, multiplier_rate=0.1, largest_multiplier=40.0)
 ASCENT = replace(RECIPE, multiplier="ascent")
-CONTROL = replace(RECIPE, multiplier="control")
+# the controller aims at half of its tolerance: the same 0.5 that the ascent keeps to
+CONTROL = replace(RECIPE, multiplier="control", tolerance=1.0, margin=0.5)
 SITES = torch.tensor([1, 1, 2])
 
 

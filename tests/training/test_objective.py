@@ -149,7 +149,7 @@ def test_a_step_is_the_plain_two_pass_step(masking: str, site: int, make: Any, m
 
 @pytest.mark.parametrize("credit", ["all", "own"])
 @pytest.mark.parametrize("masking", ["input", "hidden"])
-@pytest.mark.parametrize("sites", [[2, 0, 3], [1, 3, 1], [0, 0, 0]])
+@pytest.mark.parametrize("sites", [[3, 0, 2], [1, 3, 1], [0, 0, 0]])
 def test_sites_by_example_are_the_mean_of_each_examples_plain_step(
     sites: list[int], masking: str, credit: str, make: Any, model: nn.Module, inputs: dict
 ) -> None:
