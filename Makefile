@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# 3.11 is what the pinned versions were tested with; 3.10 or newer does.
+# 3.11 is what the pinned versions were tested with, and the oldest that they take.
 PYTHON := $(shell command -v python3.11 || command -v python3)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 # Tests of sites run against the oldest supported line of transformers too.
@@ -41,7 +41,7 @@ $(OLD_TRANSFORMERS)/.done: $(VENV)/.dev
 	touch $@
 
 demo: $(VENV)/.package ## train a small network and its probes, show what they found
-	$(BIN)/diffmask-fast train toy --out runs/toy
+	$(BIN)/diffmask-fast train toy --out runs/toy --resume
 	$(BIN)/diffmask-fast show runs/toy
 
 test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.done ## lint, types, tests
@@ -54,7 +54,7 @@ test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.done ## lint, types, tests
 # Slow: half an hour. MODEL, TRAIN and EVAL are a question-answering model and SQuAD files.
 squad: $(VENV)/.package ## MODEL= TRAIN= EVAL= [SEED=0]: an input-masking probe on questions
 	$(BIN)/diffmask-fast train squad --model $(MODEL) --train $(TRAIN) --eval $(EVAL) --seed $(or $(SEED),0) \
-		--out runs/squad-$(or $(SEED),0)
+		--out runs/squad-$(or $(SEED),0) --resume
 
 bench: $(VENV)/.dev ## time gate_mix against what else there is
 	$(BIN)/python bench/ops.py

@@ -7,7 +7,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
+except ImportError:
+    sys.exit("error: the command line needs typer: install the extras, as in pip install '.[all]'")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -120,6 +123,8 @@ def show(
     from diffmask_fast.attribution import Attributions
     from diffmask_fast.report import terminal
 
+    if site is not None and index is None:
+        raise ValueError("--site is of one text: give its number with --index too")
     result = Attributions.load(path / "attributions.safetensors" if path.is_dir() else path)
     if index is None:
         terminal.summary(result)
@@ -154,8 +159,10 @@ def main() -> None:
         OSError,
         RuntimeError,
         IndexError,
-        ImportError,
         FloatingPointError,
     ) as error:
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except ImportError as error:
+        sys.stderr.write(f"error: {error}: install the extras, as in pip install '.[all]'\n")
         sys.exit(1)

@@ -89,7 +89,7 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any) -
 
     Raises:
         TypeError: something that is neither a text nor a pair of texts.
-        ValueError: no text, or an empty one.
+        ValueError: no text, or an empty one, also where the tokenizer drops all that it holds.
         TooLongError: a text that has more tokens than the model takes; nothing is cut silently.
     """
     if isinstance(texts, str) or not isinstance(texts, Sequence):
@@ -105,8 +105,7 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any) -
             raise ValueError(f"text {i} is empty: leave it out")
     rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
     encodings = [
-        tokenizer(*row, return_special_tokens_mask=True, return_offsets_mapping=True, verbose=False)
-        for row in rows
+        tokenizer(*row, return_special_tokens_mask=True, return_offsets_mapping=True, verbose=False) for row in rows
     ]
     limit = length_limit(tokenizer, model)
     for i, encoding in enumerate(encodings):
@@ -118,6 +117,10 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any) -
     names = [name for name in tokenizer.model_input_names if name in encodings[0]]
     ids = [encoding["input_ids"] for encoding in encodings]
     segments = [_segments(encoding) for encoding in encodings]
+
+    for i, (row, kinds) in enumerate(zip(rows, segments, strict=True)):
+        if not set(kinds) >= set(range(FIRST, FIRST + len(row))):
+            raise ValueError(f"text {i} is empty: the tokenizer finds nothing in {repr(texts[i])[:80]}; leave it out")
 
     def describe(i: int, answer: Sequence[int]) -> str:
         if len(answer) == 2:

@@ -63,6 +63,5 @@ def masked_run(
     state = states[target]
     baseline = probe.baseline(site).to(state.dtype)
     gates = gates.unsqueeze(-1).to(state.dtype)
-    # torch.where would cut the gradient of soft gates; where every gate is 0 or 1 the two are the same bits
     mixed = gates * state + (1 - gates) * baseline
     return patched.run(inputs, resume=(target, mixed)).output

@@ -62,7 +62,7 @@ class Probe(nn.Module):
         bias: initial gate logit.
 
     Raises:
-        ValueError: an unknown masking, no sites, or sizes that input masking can't use.
+        ValueError: an unknown masking, no sites, or a width below 1.
     """
 
     def __init__(
@@ -80,6 +80,8 @@ class Probe(nn.Module):
             raise ValueError(f"masking is {masking!r}; expected one of {', '.join(MASKINGS)}")
         if not sizes or any(size < 1 for size in sizes):
             raise ValueError(f"sizes is {list(sizes)}; expected the width of the state at each site, at least one")
+        if width is not None and width < 1:
+            raise ValueError(f"width is {width}; expected 1 or more, or None for a quarter of the widest state")
         self.sizes = tuple(int(size) for size in sizes)
         self.masking = masking
         self.width = width or max(8, max(sizes) // 4)
@@ -181,6 +183,8 @@ def load_probe(path: str | os.PathLike[str]) -> Probe:
     if not isinstance(described, dict) or described.get("format") != _FORMAT:
         raise ValueError(f"{path} is a safetensors file, but not one that save_probe wrote")
     try:
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise ValueError("some of its numbers are NaN or infinite")
         probe = Probe(**described["probe"])
         probe.load_state_dict(tensors)
         probe.meta = described["meta"]

@@ -29,23 +29,32 @@ def begin(folder: str | os.PathLike[str], config: dict[str, Any], resume: bool) 
     """
     path = Path(folder)
     config = json.loads(json.dumps(config))
-    if (path / CONFIG).exists() and any(other.name != CONFIG for other in path.iterdir()):
+    more = path.exists() and any(not _is_config(other.name) for other in path.iterdir())
+    if more and (path / CONFIG).exists():
         if not resume:
             raise FileExistsError(f"{path} holds another run: choose another folder, or go on with it by --resume")
         began = read_json(path / CONFIG)
-        changed = [key for key in config if began.get("run", {}).get(key) != config[key]]
+        run = began.get("run") if isinstance(began, dict) else None
+        if not isinstance(run, dict):
+            raise ValueError(f"{path / CONFIG} is damaged: it holds no configuration of a run")
+        changed = [key for key in config if run.get(key) != config[key]]
         if changed:
-            was = {key: began.get("run", {}).get(key) for key in changed}
+            was = {key: run.get(key) for key in changed}
             raise ValueError(
                 f"{path} was begun with another configuration: {was}, now { {k: config[k] for k in changed} }; "
                 "resume with the same options, or choose another folder"
             )
         return path
-    if path.exists() and any(other.name != CONFIG for other in path.iterdir()):
+    if more:
         raise FileExistsError(f"{path} is not empty and holds no run: choose another folder")
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / CONFIG, {"run": config, "versions": versions()})
     return path
+
+
+def _is_config(name: str) -> bool:
+    """Also where it is being written: by another process of the same run, or by one that was killed meanwhile."""
+    return name == CONFIG or (name.startswith(".") and name.endswith(f".{CONFIG}"))
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
@@ -58,7 +67,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

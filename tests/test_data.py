@@ -85,6 +85,12 @@ def test_an_empty_text_is_named_and_refused(text: Any, tokenizer: Any, classifie
         encode(tokenizer, ["a film", text], classifier)
 
 
+@pytest.mark.parametrize("text", ["\u200b", "\x01", ("who?", "\u200b")])
+def test_a_text_of_which_the_tokenizer_leaves_nothing_is_refused(text: Any, tokenizer: Any, classifier: Any) -> None:
+    with pytest.raises(ValueError, match="text 1 is empty: the tokenizer finds nothing in"):
+        encode(tokenizer, ["a film", text], classifier)
+
+
 def test_no_text_at_all_is_refused(tokenizer: Any, classifier: Any) -> None:
     with pytest.raises(ValueError, match="texts is empty: give at least one"):
         encode(tokenizer, [], classifier)

@@ -203,3 +203,16 @@ def test_an_unknown_masking_is_refused() -> None:
 def test_sizes_that_are_none_or_not_positive_are_refused(sizes: list[int]) -> None:
     with pytest.raises(ValueError, match="expected the width of the state at each site"):
         Probe(sizes)
+
+
+def test_a_probe_with_numbers_that_are_not_finite_is_damaged(tmp_path: Path) -> None:
+    probe = Probe([4, 4])
+    torch.nn.init.constant_(probe.heads[1].bias, float("nan"))
+    save_probe(probe, tmp_path / "probe.safetensors")
+    with pytest.raises(ValueError, match="is damaged: some of its numbers are NaN"):
+        load_probe(tmp_path / "probe.safetensors")
+
+
+def test_a_width_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="width is 0; expected 1 or more"):
+        Probe([4], width=0)

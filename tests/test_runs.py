@@ -64,12 +64,17 @@ def test_a_run_that_got_no_further_than_its_configuration_may_begin_again(resume
     assert runs.read_json(tmp_path / "run" / runs.CONFIG)["run"]["seed"] == 1
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"run": {"task": "to'])
+@pytest.mark.parametrize("content", ["", "{", '{"run": {"task": "to', "[]", '{"run": []}', "{}"])
 def test_a_damaged_configuration_is_one_error(content: str, tmp_path: Path) -> None:
     path = begun(tmp_path / "run")
     (path / runs.CONFIG).write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         runs.begin(path, CONFIG, resume=True)
+
+
+def test_a_configuration_that_is_being_written_is_not_another_run(tmp_path: Path) -> None:
+    (tmp_path / f".0123456789ab.{runs.CONFIG}").touch()
+    assert (runs.begin(tmp_path, CONFIG, resume=False) / runs.CONFIG).exists()
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

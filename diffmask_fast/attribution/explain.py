@@ -48,7 +48,7 @@ def explain(
             NaN in the model's states.
 
     Example:
-        >>> result = explain(model, load_probe("run/probe"), ["a fine film"], tokenizer)
+        >>> result = explain(model, load_probe("run/probe.safetensors"), ["a fine film"], tokenizer)
         >>> result[0].tokens, result[0].keep  # (T, sites)
     """
     if not isinstance(texts, Examples):
@@ -57,6 +57,7 @@ def explain(
         texts = encode(tokenizer, [texts] if isinstance(texts, str) else texts, model)
     if not len(texts):
         raise ValueError("texts is empty: give at least one")
+    refuse_unsupported(model)
     with frozen(model), patch(model) as patched:
         check_fit(patched, probe)
         rows: list[dict[str, Any]] = [{} for _ in range(len(texts))]
@@ -79,12 +80,21 @@ def explain(
 
 
 def check_fit(patched: Patched, probe: Probe) -> None:
-    """Refuse a probe that was made for another number of sites; the width is checked where the states are read."""
+    """Refuse what is no probe or was made for another number of sites; widths are checked where states are read."""
+    if not isinstance(probe, Probe):
+        raise TypeError(f"probe: expected a Probe, got {type(probe).__name__}: read one with load_probe(path)")
     if probe.num_sites != len(patched.sites):
         raise ValueError(
             f"the probe has {probe.num_sites} sites and the model {len(patched.sites)}: use the model that it was "
             "trained on"
         )
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Refuse heads whose logits are no probabilities of one class, which nothing in their output tells."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(f"the model's problem_type is {problem!r}: only single-label predictions can be compared yet")
 
 
 def explain_batch(patched: Patched, probe: Probe, texts: Examples, batch: list[int]) -> list[dict[str, Any]]:
@@ -105,6 +115,8 @@ def explain_batch(patched: Patched, probe: Probe, texts: Examples, batch: list[i
     for site in range(probe.num_sites):
         gates = (keep[..., site] > KEPT_ABOVE).float()
         tables = log_probabilities(masked_run(patched, inputs, probe, states, site, gates), kind, real)
+        for table in tables:
+            check_finite(table, f"the masked prediction of site {site} ({patched.sites[site].name})")
         divergence.append(kl_divergence(original, tables).clamp(min=0))
         masked.append(answers(tables, allowed))
     divergences, answered = torch.stack(divergence, -1).cpu(), torch.stack(masked, 1).cpu()

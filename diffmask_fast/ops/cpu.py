@@ -22,7 +22,7 @@ def unavailable() -> str | None:
     if not paths:
         return (
             "diffmask_fast was installed without its C++ library. With a C++ compiler and torch installed, "
-            "run: pip install --force-reinstall --no-deps --no-build-isolation diffmask_fast"
+            "run in its source folder: pip install --force-reinstall --no-deps --no-build-isolation ."
         )
     try:
         torch.ops.load_library(str(paths[0]))
@@ -103,4 +103,5 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    # not .contiguous(), which returns a last dim of size 1 as it is, whatever its stride
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)

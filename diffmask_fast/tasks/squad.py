@@ -18,7 +18,7 @@ from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import Examples, TooLongError, encode, length_limit
 from diffmask_fast.models import load_for
 from diffmask_fast.probes import save_probe
-from diffmask_fast.training.recipe import Recipe
+from diffmask_fast.training.recipe import Recipe, recipe_named
 
 RECIPES = {
     "steady": Recipe(),
@@ -65,7 +65,10 @@ def read_squad(source: str | os.PathLike[str], split: str = "train") -> list[tup
                 passage = paragraph["context"]
                 if not isinstance(passage, str):
                     raise TypeError(f"the context is {type(passage).__name__}")
-                pairs += [(qa["question"].strip(), passage) for qa in paragraph["qas"]]
+                for k, qa in enumerate(paragraph["qas"]):
+                    if not (qa["question"].strip() and passage.strip()):
+                        raise TypeError(f"the question or the context of qas[{k}] is empty")
+                    pairs.append((qa["question"].strip(), passage))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{source} is JSON but not SQuAD: at {place}: {error!r}; expected "
@@ -84,6 +87,8 @@ def _from_hub(name: str, split: str) -> list[tuple[str, str]]:
             f"{name}: there is no such file; to load a data set of that name from the hub, pip install datasets"
         ) from None
     rows = datasets.load_dataset(name, split=split)
+    if not {"question", "context"} <= set(rows.column_names):
+        raise ValueError(f"{name} has the columns {rows.column_names}; expected SQuAD's question and context")
     return list(zip((q.strip() for q in rows["question"]), rows["context"], strict=True))
 
 
@@ -130,7 +135,9 @@ def run(
         of questions, `seconds` (all of it, this time).
     """
     start = time.monotonic()
-    chosen = RECIPES[recipe] if epochs is None else replace(RECIPES[recipe], epochs=epochs)
+    chosen = recipe_named(recipe, RECIPES)
+    if epochs is not None:
+        chosen = replace(chosen, epochs=epochs)
     config = {
         "task": "squad",
         "model": str(model_path),

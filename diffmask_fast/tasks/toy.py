@@ -23,7 +23,7 @@ from diffmask_fast.data import Examples
 from diffmask_fast.files import replacing
 from diffmask_fast.probes import save_probe
 from diffmask_fast.sites import register_sites
-from diffmask_fast.training.recipe import Recipe
+from diffmask_fast.training.recipe import Recipe, recipe_named
 
 DIGITS = 10
 LONGEST = 10
@@ -210,7 +210,8 @@ def run(
         The metrics: `task_accuracy`, `sites.{embedding,hidden}.{kl,js,open}`, `seconds` (all of it, this time).
     """
     start = time.monotonic()
-    folder = runs.begin(out, {"task": "toy", "seed": seed, "recipe": recipe, **RECIPES[recipe].to_dict()}, resume)
+    chosen = recipe_named(recipe, RECIPES)
+    folder = runs.begin(out, {"task": "toy", "seed": seed, "recipe": recipe, **chosen.to_dict()}, resume)
     if (folder / runs.METRICS).exists():
         return runs.read_json(folder / runs.METRICS)
     from safetensors.torch import load_file, save_file
@@ -227,8 +228,8 @@ def run(
         with replacing(weights) as temporary:
             save_file(model.state_dict(), temporary)
     torch.manual_seed(seed)
-    probe = fresh_probe(model, validation, RECIPES[recipe], "hidden", width=PROBE_WIDTH)
-    train_probe(model, probe, training, RECIPES[recipe], folder / "checkpoints", seed=seed, resume=resume, quiet=quiet)
+    probe = fresh_probe(model, training, chosen, "hidden", width=PROBE_WIDTH)
+    train_probe(model, probe, training, chosen, folder / "checkpoints", seed=seed, resume=resume, quiet=quiet)
     model.cpu()
     probe.cpu().eval()
     meta = {"task": "toy", "seed": seed, "recipe": recipe, "versions": runs.versions()}

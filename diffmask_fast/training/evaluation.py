@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def _draw(probe: Probe, states: dict[int, Tensor], seed: Tensor) -> list[Tensor]
 def attribution_metrics(attributions: Attributions) -> list[dict[str, float]]:
     """Per site, with the gates thresholded as an attribution is used: `kl`, `open` (share of tokens kept, mean over
     examples), `kept_prediction`, and `open_question` and `open_passage` where the texts are pairs."""
-    kept = Attributions(**{**vars(attributions), "keep": (attributions.keep > KEPT_ABOVE).float()})
+    kept = replace(attributions, keep=(attributions.keep > KEPT_ABOVE).float())
     columns: dict[str, Tensor] = {
         "kl": attributions.divergence.mean(0),
         "open": kept.mean_keep(),

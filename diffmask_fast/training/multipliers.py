@@ -69,8 +69,8 @@ class Control(nn.Module):
         self.rate, self.largest = recipe.multiplier_rate, recipe.largest_multiplier
 
     def tighten(self, progress: float) -> None:
-        """Aim at the tolerance first and at the margin's share of it in the end, in equal steps."""
-        self.aim = self.tolerance * (1 + (self.margin - 1) * progress)
+        """Aim at the tolerance first, and from half of the training on at the margin's share of it."""
+        self.aim = self.tolerance * (1 + (self.margin - 1) * min(1.0, 2 * progress))
 
     def current(self) -> Tensor:
         """(sites,)"""

@@ -69,8 +69,8 @@ class Objective(nn.Module):
         divergence the multipliers aim at."""
         self.multipliers.tighten(progress)
         final, initial = self.recipe.bound, self.recipe.initial_bound
-        if final is not None and initial is not None:
-            self.probe.set_bound(initial + (final - initial) * progress)
+        if initial is not None:
+            self.probe.set_bound(initial + (final - initial) * progress**2)
 
     def draw_sites(self, examples: int) -> Tensor:
         """(B,) the deepest site that the probe may look at, for each example."""

@@ -4,6 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+CHOICES = {
+    "draw": ("batch", "example"),
+    "credit": ("all", "own"),
+    "multiplier": ("ascent", "control"),
+    "optimizer": ("adam", "lookahead-rmsprop"),
+}
+POSITIVE = (
+    *("tolerance", "margin", "bound", "initial_multiplier", "multiplier_rate", "largest_multiplier"),
+    *("learning_rate", "baseline_learning_rate", "epochs", "batch_size"),
+)
+
+
+def recipe_named(name: str, recipes: dict[str, Recipe]) -> Recipe:
+    """The recipe of that name; ValueError lists the names there are."""
+    if name not in recipes:
+        raise ValueError(f"there is no recipe {name!r}; expected one of {', '.join(recipes)}")
+    return recipes[name]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -35,7 +53,7 @@ class Recipe:
     tolerance: float = 1.0
     margin: float = 0.4
     bias: float = 2.0
-    bound: float | None = 10.0
+    bound: float = 10.0
     initial_bound: float | None = 3.0
     draw: str = "example"
     credit: str = "own"
@@ -50,6 +68,14 @@ class Recipe:
     warmup_steps: int = 0
     epochs: float = 2.0
     batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        for name in POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0")
 
     def to_dict(self) -> dict:
         return asdict(self)

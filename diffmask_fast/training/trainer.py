@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from diffmask_fast.attribution.explain import refuse_unsupported
 from diffmask_fast.data import Examples
 from diffmask_fast.masking import frozen
 from diffmask_fast.probes import Probe
@@ -124,7 +125,7 @@ def train_probe(
     """Train a probe on a frozen model.
 
     Args:
-        model: a trained model with sites; it is frozen meanwhile and left as it was.
+        model: a trained model with sites; it is moved to the device, frozen meanwhile and otherwise left as it was.
         probe: a fresh probe, see `fresh_probe`.
         examples: what to train on.
         recipe: every hyperparameter.
@@ -159,6 +160,9 @@ def train_probe(
         disable_tqdm=quiet,
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
+    refuse_unsupported(model)
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # more than one take `torchrun`: threads in one process would share the model's hooks
     model.to(args.device)
     checkpoint = newest_checkpoint(output_dir) if resume else None
     with frozen(model), patch(model) as patched:
@@ -167,7 +171,11 @@ def train_probe(
             from transformers import PrinterCallback
 
             trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        state = read_json(Path(checkpoint) / "trainer_state.json") if checkpoint else {}
+        if checkpoint and state["global_step"] >= state["max_steps"]:
+            trainer._load_from_checkpoint(checkpoint)  # `train` would take one step more
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
         trainer.objective.set_progress(1.0)
         return trainer.objective
 
@@ -178,11 +186,14 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     Raises:
         ValueError: a file of that checkpoint is not as it was written.
     """
-    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
+    whole = [path.parent for path in Path(folder).glob(f"checkpoint-[0-9]*/{COMPLETE}")]
     if not whole:
         return None
     newest = max(whole, key=lambda path: int(path.name.split("-")[1]))
-    for name, total in read_json(newest / COMPLETE).items():
+    sums = read_json(newest / COMPLETE)
+    if not isinstance(sums, dict):
+        raise ValueError(f"{newest / COMPLETE} is damaged: delete the folder {newest}")
+    for name, total in sums.items():
         path = newest / name
         if not path.is_file() or _checksum(path) != total:
             raise ValueError(

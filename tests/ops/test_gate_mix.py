@@ -283,3 +283,15 @@ def test_only_inputs_are_kept_for_backward(case, backend):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         gate_mix(*inputs, backend=backend)
     assert set(kept) == {t.data_ptr() for t in inputs}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_stride_of_a_last_dim_of_one_does_not_matter(backend):
+    # PyTorch calls such a tensor contiguous, whatever that stride
+    states, grad = (torch.randn(2, 1, 5).transpose(1, 2) for _ in range(2))
+    logits, seed = torch.zeros(2, 5, 3, requires_grad=True), torch.tensor([1, 2])
+    results = []
+    for copy in (lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)):
+        mixed = gate_mix(copy(states), logits, torch.zeros(1), seed, backend=backend).mixed
+        results.append((mixed, *torch.autograd.grad(mixed, logits, copy(grad))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

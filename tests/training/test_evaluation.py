@@ -110,6 +110,12 @@ def test_attribution_metrics_threshold_at_one_half_and_average_over_texts() -> N
     assert last == pytest.approx({"kl": 3.0, "open": (1 / 4 + 1 / 2) / 2, "kept_prediction": 0.5})
 
 
+def test_attributions_that_were_looked_at_before_are_measured_the_same() -> None:
+    seen = attributions(second_segment=True)
+    assert seen[0].tokens and seen.mean_keep().shape == (2,)
+    assert attribution_metrics(seen) == attribution_metrics(attributions(second_segment=True))
+
+
 def test_pairs_are_measured_by_segment_too() -> None:
     embedding, last = attribution_metrics(attributions(second_segment=True))
     assert (embedding["open_question"], embedding["open_passage"]) == (1.0, 0.5)
