@@ -2,8 +2,8 @@
 
     python bench/ops.py [--json FILE] [--threads N]
 
-A row is timed only after its result was compared with the float64 oracle on the same uniforms. All contenders of a shape
-are timed in turn, round after round, so that a noisy machine is noisy for all of them alike.
+A row is timed only after its result was compared with the float64 oracle on the same uniforms. All contenders of a
+shape are timed in turn, round after round, so that a noisy machine is noisy for all of them alike.
 """
 
 from __future__ import annotations
