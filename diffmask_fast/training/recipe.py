@@ -53,7 +53,7 @@ class Recipe:
     tolerance: float = 1.0
     margin: float = 0.4
     bias: float = 2.0
-    bound: float = 10.0
+    bound: float = 8.0
     initial_bound: float | None = 3.0
     draw: str = "example"
     credit: str = "own"
@@ -63,7 +63,7 @@ class Recipe:
     largest_multiplier: float = 100.0
     optimizer: str = "adam"
     learning_rate: float = 3e-3
-    baseline_learning_rate: float = 1e-3
+    baseline_learning_rate: float = 1e-4
     schedule: str = "linear"
     warmup_steps: int = 0
     epochs: float = 2.0
