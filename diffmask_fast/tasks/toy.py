@@ -36,7 +36,6 @@ RECIPES = {
     "steady": Recipe(
         tolerance=0.05,
         bias=1.0,
-        bound=10.0,
         learning_rate=1e-2,
         baseline_learning_rate=3e-3,
         epochs=30,

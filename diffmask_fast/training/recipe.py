@@ -29,10 +29,10 @@ class Recipe:
 
     Attributes:
         tolerance: the KL (nats, mean over examples) that the masked prediction may differ by.
-        margin: the controller aims at the tolerance first and, in equal steps, at this share of it in the end, because
+        margin: the controller aims at the tolerance first and, from half of the training on, at this share of it, because
             the constraint is to hold on texts that the probe was not trained on, where the divergence is larger.
         bias, bound: of the gate heads, see `GateHead`.
-        initial_bound: the bound at the start, which grows to `bound` in equal steps; None keeps it constant. Gates that
+        initial_bound: the bound at the start, which grows to `bound`, slowly at first; None keeps it constant. Gates that
             are nearly shut or nearly open get no gradient, so early ones must not get there.
         draw: "batch" draws one site for all examples of a step, "example" one for each, the oftener the further a site
             is over the tolerance.
@@ -53,7 +53,7 @@ class Recipe:
     tolerance: float = 1.0
     margin: float = 0.4
     bias: float = 2.0
-    bound: float = 8.0
+    bound: float = 10.0
     initial_bound: float | None = 3.0
     draw: str = "example"
     credit: str = "own"
@@ -63,10 +63,10 @@ class Recipe:
     largest_multiplier: float = 100.0
     optimizer: str = "adam"
     learning_rate: float = 3e-3
-    baseline_learning_rate: float = 1e-4
+    baseline_learning_rate: float = 1e-3
     schedule: str = "linear"
     warmup_steps: int = 0
-    epochs: float = 2.0
+    epochs: float = 1.0
     batch_size: int = 8
 
     def __post_init__(self) -> None:
