@@ -18,28 +18,9 @@ from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import Examples, TooLongError, encode, length_limit
 from diffmask_fast.models import load_for
 from diffmask_fast.probes import save_probe
-from diffmask_fast.training.recipe import Recipe, recipe_named
+from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
 
-RECIPES = {
-    "steady": Recipe(),
-    "published": Recipe(
-        bias=5.0,
-        bound=10.0,
-        initial_bound=None,
-        draw="batch",
-        credit="all",
-        multiplier="ascent",
-        initial_multiplier=1.0,
-        multiplier_rate=0.3,
-        largest_multiplier=200.0,
-        optimizer="lookahead-rmsprop",
-        learning_rate=3e-4,
-        baseline_learning_rate=1e-3,
-        schedule="constant_with_warmup",
-        warmup_steps=1200,
-        epochs=1,
-    ),
-}
+RECIPES = {"steady": Recipe(), "published": replace(PUBLISHED, warmup_steps=1200, epochs=1)}
 
 
 def read_squad(source: str | os.PathLike[str], split: str = "train") -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from diffmask_fast.data import Examples
 from diffmask_fast.files import replacing
 from diffmask_fast.probes import save_probe
 from diffmask_fast.sites import register_sites
-from diffmask_fast.training.recipe import Recipe, recipe_named
+from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
 
 DIGITS = 10
 LONGEST = 10
@@ -41,24 +42,8 @@ RECIPES = {
         epochs=30,
         batch_size=256,
     ),
-    "published": Recipe(
-        tolerance=0.05,
-        bias=5.0,
-        bound=10.0,
-        initial_bound=None,
-        draw="batch",
-        credit="all",
-        multiplier="ascent",
-        initial_multiplier=1.0,
-        multiplier_rate=0.3,
-        largest_multiplier=200.0,
-        optimizer="lookahead-rmsprop",
-        learning_rate=3e-4,
-        baseline_learning_rate=3e-4,
-        schedule="constant_with_warmup",
-        warmup_steps=200,
-        epochs=100,
-        batch_size=128,
+    "published": replace(
+        PUBLISHED, tolerance=0.05, baseline_learning_rate=3e-4, warmup_steps=200, epochs=100, batch_size=128
     ),
 }
 

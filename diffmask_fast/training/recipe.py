@@ -29,11 +29,11 @@ class Recipe:
 
     Attributes:
         tolerance: the KL (nats, mean over examples) that the masked prediction may differ by.
-        margin: the controller aims at the tolerance first and, from half of the training on, at this share of it, because
-            the constraint is to hold on texts that the probe was not trained on, where the divergence is larger.
+        margin: the controller aims at the tolerance first and, from half of the training on, at this share of it: the
+            constraint is to hold on texts that the probe was not trained on, where the divergence is larger.
         bias, bound: of the gate heads, see `GateHead`.
-        initial_bound: the bound at the start, which grows to `bound`, slowly at first; None keeps it constant. Gates that
-            are nearly shut or nearly open get no gradient, so early ones must not get there.
+        initial_bound: the bound at the start, which grows to `bound`, slowly at first; None keeps it constant. Gates
+            that are nearly shut or nearly open get no gradient, so early ones must not get there.
         draw: "batch" draws one site for all examples of a step, "example" one for each, the oftener the further a site
             is over the tolerance.
         credit: "all" lets the sparsity of a site train the gates of all sites that multiply there; "own" lets it
@@ -79,3 +79,21 @@ class Recipe:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+# What the tasks' published settings have in common (github.com/nicola-decao/diffmask)
+PUBLISHED = Recipe(
+    bias=5.0,
+    bound=10.0,
+    initial_bound=None,
+    draw="batch",
+    credit="all",
+    multiplier="ascent",
+    initial_multiplier=1.0,
+    multiplier_rate=0.3,
+    largest_multiplier=200.0,
+    optimizer="lookahead-rmsprop",
+    learning_rate=3e-4,
+    baseline_learning_rate=1e-3,
+    schedule="constant_with_warmup",
+)
