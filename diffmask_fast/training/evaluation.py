@@ -46,9 +46,10 @@ def sampled_metrics(
             real, kind = inputs["attention_mask"], prediction_kind(output)
             allowed = allowed_span(examples, batch).to(real.device)
             original = log_probabilities(output, kind, real)
+            predicted = answers(original, allowed)
             for site, gates in enumerate(_draw(probe, states, draw_seed(generator).to(real.device))):
                 masked = log_probabilities(masked_run(patched, inputs, probe, states, site, gates), kind, real)
-                kept = (answers(masked, allowed) == answers(original, allowed)).all(-1)
+                kept = (answers(masked, allowed) == predicted).all(-1)
                 opened = ((gates != 0) * real).sum(-1) / real.sum(-1)
                 rows = torch.stack([kl_divergence(original, masked), opened, kept.float()])
                 totals[site] += rows.double().sum(-1).cpu()
