@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffmask_fast.training.recipe import Recipe
 
 SMOOTHING = 0.1  # weight of the newest batch in the running mean of a site's divergence
-PROPORTIONAL = 1.0  # the multiplier goes with this power of (running mean / tolerance)
+PROPORTIONAL = 1.0  # the multiplier goes with this power of (running mean / aim)
 SMALLEST = 1e-2
 URGENCY = (0.3, 4.0)  # a site that holds is still drawn, a hopeless one does not take all draws
 
@@ -43,9 +43,6 @@ class Ascent(nn.Module):
             self.value.clamp_(0, self.largest)  # what the optimiser's last step may have left outside
         return sparsity + self.value[sites] * (divergence - self.tolerance)
 
-    def tighten(self, progress: float) -> None:
-        """Nothing to do: the published recipe aims at the tolerance throughout."""
-
     def urgency(self) -> Tensor:
         """(sites,) how often each site is drawn, up to scale: all alike."""
         return torch.ones_like(self.value.detach())
@@ -63,14 +60,9 @@ class Control(nn.Module):
     def __init__(self, sites: int, recipe: Recipe) -> None:
         super().__init__()
         self.register_buffer("integral", torch.full((sites,), math.log(recipe.initial_multiplier)))
-        self.tolerance, self.margin = recipe.tolerance, recipe.margin
         self.register_buffer("average", torch.full((sites,), recipe.tolerance))
-        self.tighten(0.0)
+        self.aim = recipe.margin * recipe.tolerance
         self.rate, self.largest = recipe.multiplier_rate, recipe.largest_multiplier
-
-    def tighten(self, progress: float) -> None:
-        """Aim at the tolerance first, and from half of the training on at the margin's share of it."""
-        self.aim = self.tolerance * (1 + (self.margin - 1) * min(1.0, 2 * progress))
 
     def current(self) -> Tensor:
         """(sites,)"""

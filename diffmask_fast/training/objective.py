@@ -22,6 +22,7 @@ from diffmask_fast.sites import Patched
 from diffmask_fast.training.multipliers import multipliers_for
 from diffmask_fast.training.recipe import Recipe
 
+GROWN = 0.7  # the share of the training after which the heads' bound is the final one
 ALWAYS_OPEN = 1e4  # a logit whose gate is exactly 1, its log P(z != 0) exactly 0 and its gradient 0
 
 
@@ -44,6 +45,7 @@ class Objective(nn.Module):
         self.recipe = recipe
         self.multipliers = multipliers_for(recipe, probe.num_sites)
         self.statistics = Statistics(probe.num_sites)
+        self.set_progress(0.0)
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         real = inputs["attention_mask"]
@@ -65,12 +67,12 @@ class Objective(nn.Module):
         return {"loss": loss}
 
     def set_progress(self, progress: float) -> None:
-        """Set what changes in the course of a training that is `progress` (0 to 1) done: the heads' bound, and what
-        divergence the multipliers aim at."""
-        self.multipliers.tighten(progress)
+        """Set what changes in the course of a training that is `progress` (0 to 1) done: the heads' bound, and the
+        pull on open gates."""
+        self.pull = self.recipe.pull * (1 - progress)
         final, initial = self.recipe.bound, self.recipe.initial_bound
         if initial is not None:
-            self.probe.set_bound(initial + (final - initial) * progress**2)
+            self.probe.set_bound(initial + (final - initial) * min(1.0, progress / GROWN))
 
     def draw_sites(self, examples: int) -> Tensor:
         """(B,) the deepest site that the probe may look at, for each example."""
@@ -96,7 +98,8 @@ class Objective(nn.Module):
             mixed, gates, opens = gate_mix(states[0], logits, self.probe.baseline(0), rank_seed(states[0].device))
             sparsity = opens[..., -1]
             if self.recipe.credit == "own":
-                own = log_open(logits.gather(-1, sites[:, None, None].expand(*logits.shape[:2], 1)).squeeze(-1))
+                own_logits = logits.gather(-1, sites[:, None, None].expand(*logits.shape[:2], 1)).squeeze(-1)
+                own = pulled(log_open(own_logits), own_logits, self.pull)
                 sparsity = own + (sparsity - own).detach()
         return self.patched.run(inputs, resume=(0, mixed)).output, gates[..., -1], sparsity
 
@@ -114,13 +117,22 @@ class Objective(nn.Module):
                 0, rows, new.to(above.dtype)
             )
             gates.append(mixed.gates[..., -1])
-            sparsity.append(mixed.log_open[..., -1])
+            sparsity.append(pulled(mixed.log_open[..., -1], logits[..., -1], self.pull))
             order.append(rows)
         lowest = min(replacements)
         entering = replacements.pop(lowest)(states[lowest])
         output = self.patched.run(inputs, resume=(lowest, entering), replace=replacements).output
         back = torch.cat(order).argsort()
         return output, torch.cat(gates)[back], torch.cat(sparsity)[back]
+
+
+def pulled(log_opens: Tensor, logits: Tensor, pull: float) -> Tensor:
+    """log P(z != 0) with its own value, but a gradient for the logit that is at least `pull`.
+
+    The gradient is 1 - P(z != 0): a gate that is nearly open would hardly be asked whether it is needed.
+    """
+    missing = (pull - (1 - log_opens.exp())).clamp(min=0).detach()
+    return log_opens + missing * (logits - logits.detach())
 
 
 def check_finite(value: Tensor) -> None:

@@ -29,11 +29,13 @@ class Recipe:
 
     Attributes:
         tolerance: the KL (nats, mean over examples) that the masked prediction may differ by.
-        margin: the controller aims at the tolerance first and, from half of the training on, at this share of it: the
-            constraint is to hold on texts that the probe was not trained on, where the divergence is larger.
+        margin: the share of the tolerance that the controller aims at: the constraint is to hold on texts that the
+            probe was not trained on, where the divergence is larger.
         bias, bound: of the gate heads, see `GateHead`.
-        initial_bound: the bound at the start, which grows to `bound`, slowly at first; None keeps it constant. Gates
-            that are nearly shut or nearly open get no gradient, so early ones must not get there.
+        initial_bound: the bound at the start; it reaches `bound` when 0.7 of the training is done. None keeps it
+            constant. A gate that is shut gets no gradient, so none must be before much is learned.
+        pull: the least that the sparsity's gradient for a logit is at the start, fading to 0 at the end. The gradient
+            itself, 1 - P(z != 0), would leave gates that are nearly open where they are.
         draw: "batch" draws one site for all examples of a step, "example" one for each, the oftener the further a site
             is over the tolerance.
         credit: "all" lets the sparsity of a site train the gates of all sites that multiply there; "own" lets it
@@ -51,22 +53,23 @@ class Recipe:
     """
 
     tolerance: float = 1.0
-    margin: float = 0.4
-    bias: float = 2.0
+    margin: float = 0.75
+    bias: float = 5.0
     bound: float = 10.0
     initial_bound: float | None = 3.0
+    pull: float = 0.25
     draw: str = "example"
     credit: str = "own"
     multiplier: str = "control"
     initial_multiplier: float = 1.0
-    multiplier_rate: float = 0.003
+    multiplier_rate: float = 0.01
     largest_multiplier: float = 100.0
     optimizer: str = "adam"
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     baseline_learning_rate: float = 1e-3
-    schedule: str = "linear"
+    schedule: str = "cosine"
     warmup_steps: int = 0
-    epochs: float = 1.0
+    epochs: float = 2.0
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class Recipe:
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0")
+        if not 0 <= self.pull <= 1:
+            raise ValueError(f"pull is {self.pull!r}; expected a number from 0 to 1")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -86,6 +91,7 @@ PUBLISHED = Recipe(
     bias=5.0,
     bound=10.0,
     initial_bound=None,
+    pull=0.0,
     draw="batch",
     credit="all",
     multiplier="ascent",
