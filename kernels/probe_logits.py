@@ -34,6 +34,8 @@ _FIELDS = tl.constexpr(len(FIELDS))
 _STATE, _STRIDE, _SIZE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _MAGNITUDE, _DIRECTION, _BIAS = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 _OUTER_MAGNITUDE, _OUTER_DIRECTION, _OFFSET = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+# Numbers that are 1 only where a state is one value wide: left to be numbers, they need no code of their own for that.
+_PLAIN = ["first_stride", "first_size"]
 _GRADS = tl.constexpr(6)  # how much further the gradient of a weight stands
 
 
@@ -52,7 +54,7 @@ def _tanh(x):
     return tl.where(square < 0.0625, x * series, tl.where(x < 0, -far, far))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def probe_norms(table, scale, first_size, width, BLOCK_W: tl.constexpr, BLOCK_F: tl.constexpr):
     """scale (S, W) = magnitude / norm of each row of the directions. Grid (S, W / BLOCK_W)."""
     site, block = tl.program_id(0), tl.program_id(1)
@@ -92,7 +94,7 @@ def _accumulate(
     return product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def probe_forward(
     table, scale, first, first_stride, first_size, logits, raw, hidden, count, width, sites, bound,
     FIRST: tl.constexpr, SAVE: tl.constexpr, BOUND: tl.constexpr, STATE: tl.constexpr, ALIGN: tl.constexpr,
@@ -110,6 +112,7 @@ def probe_forward(
     state = tl.multiple_of(_pointer(table, site, _STATE, STATE), ALIGN)
     direction = tl.multiple_of(_pointer(table, site, _DIRECTION, tl.float32), 16)
     features = tl.multiple_of(first_size + size, ALIGN)
+    first_stride, first_size = tl.multiple_of(first_stride, ALIGN), tl.multiple_of(first_size, ALIGN)
     outer_scale = _outer_scale(table, site, width, INNER)
     total = tl.zeros([BLOCK_M], tl.float32)
     for begin in range(0, width, BLOCK_N):
@@ -137,7 +140,7 @@ def probe_forward(
     tl.store(logits + rows * sites + site, total + offset, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def probe_backward(
     table, first, first_stride, first_size, grad, raw, hidden, outer_products, count, width, sites, bound,
     FIRST: tl.constexpr, BOUND: tl.constexpr, STATE: tl.constexpr, ALIGN: tl.constexpr,
@@ -158,7 +161,7 @@ def probe_backward(
     if FIRST:  # blocks of the left half come first
         blocks = tl.cdiv(first_size, BLOCK_H)
         if block < blocks:
-            x, stride, size, left = first, first_stride, first_size, 0
+            x, stride, size, left = first, first_stride.to(tl.int64), first_size, first_size * 0
         else:
             columns = (block - blocks) * BLOCK_H
     if columns >= size:
@@ -221,7 +224,7 @@ def _through_norm(weight, product, magnitude, grad, grad_magnitude, size, BLOCK_
         tl.store(grad + f, factor * (g - along * (v / norm)), mask=f < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def probe_norms_backward(table, outer_products, first_size, width, ALIGN: tl.constexpr, BLOCK_F: tl.constexpr):
     """The gradients of effective weights to those of directions and magnitudes. Grid (W + 1, S): the last program of a
     site has the second weight."""

@@ -15,10 +15,13 @@ from diffmask_fast.ops.probe_reference import grad_of_raw, heads_of
 # Products in three tf32 parts are as exact as in float32, and several times faster on tensor cores.
 PRECISION = "tf32x3"
 ALIGN = 16  # bytes that a thread loads at once
-FORWARD_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32}
-SMALL_FORWARD_BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 32}
+# The largest that spill no register on the GPUs of the last three generations.
+FORWARD_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 16}
+FEW_ROWS_BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 16}
 BACKWARD_BLOCKS = {"BLOCK_W": 64, "BLOCK_H": 128, "BLOCK_R": 32}
-WARPS = 4
+NORM_BLOCKS = {"BLOCK_W": 4, "BLOCK_F": 512}
+NORM_BACKWARD_BLOCKS = {"BLOCK_F": 1024}
+WARPS, NORM_WARPS = 8, 4
 
 
 @functools.cache
@@ -46,12 +49,12 @@ def probe_logits_forward(
     raw = torch.empty(sites.sites, sites.count, device=device)
     hidden = torch.empty((sites.sites, sites.count, sites.width) if save else (0,), device=device)
     scale = torch.empty(sites.sites, sites.width, device=device)
-    kernels.probe_norms[(sites.sites, -(-sites.width // 4))](
-        table, scale, sites.first_size, sites.width, BLOCK_W=4, BLOCK_F=512, num_warps=4
+    kernels.probe_norms[(sites.sites, _blocks(sites.width, NORM_BLOCKS["BLOCK_W"]))](
+        table, scale, sites.first_size, sites.width, **NORM_BLOCKS, num_warps=NORM_WARPS
     )
-    many = sites.sites * sites.count >= 64 * _processors(device)
-    blocks = FORWARD_BLOCKS if many else SMALL_FORWARD_BLOCKS
-    kernels.probe_forward[(-(-sites.count // blocks["BLOCK_M"]), sites.sites)](
+    many = sites.sites * sites.count >= FORWARD_BLOCKS["BLOCK_M"] * _processors(device)
+    blocks = FORWARD_BLOCKS if many else FEW_ROWS_BLOCKS
+    kernels.probe_forward[(_blocks(sites.count, blocks["BLOCK_M"]), sites.sites)](
         table, scale, *sites.first, logits, raw, hidden, *sites.numbers(bound),
         SAVE=save, **sites.constants(bound), **blocks, num_warps=WARPS,
     )  # fmt: skip
@@ -76,13 +79,13 @@ def probe_logits_backward(
     table = sites.table(grads)
     products = torch.empty(sites.sites, sites.width, device=grad.device)
     blocks = BACKWARD_BLOCKS
-    left, right = -(-sites.first_size // blocks["BLOCK_H"]), -(-max(sites.sizes) // blocks["BLOCK_H"])
-    kernels.probe_backward[(left + right, -(-sites.width // blocks["BLOCK_W"]), sites.sites)](
+    columns = _blocks(sites.first_size, blocks["BLOCK_H"]) + _blocks(max(sites.sizes), blocks["BLOCK_H"])
+    kernels.probe_backward[(columns, _blocks(sites.width, blocks["BLOCK_W"]), sites.sites)](
         table, *sites.first, grad.float().contiguous(), raw, hidden, products, *sites.numbers(bound),
         **sites.constants(bound), **blocks, num_warps=WARPS,
     )  # fmt: skip
     kernels.probe_norms_backward[(sites.width + 1, sites.sites)](
-        table, products, sites.first_size, sites.width, ALIGN=sites.align, BLOCK_F=1024, num_warps=4
+        table, products, sites.first_size, sites.width, ALIGN=sites.align, **NORM_BACKWARD_BLOCKS, num_warps=NORM_WARPS
     )
     grad_first, grad_states = states[0].new_empty(0), [state.new_empty(0) for state in states]
     if need_first or need_states:
@@ -172,6 +175,10 @@ def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
 
 
 def _rows(state: Tensor) -> Tensor:
