@@ -146,7 +146,7 @@ def check_probe_logits(
     for i, (state, head) in enumerate(zip(states, heads, strict=True)):
         reads = state.shape[-1] + (first.shape[-1] if first is not None else 0)
         shapes = ((width, 1), (width, reads), (width,), (1, 1), (1, width), ())
-        fields = getattr(head, "_fields", range(len(head)))
+        fields = ("magnitude", "direction", "bias", "outer_magnitude", "outer_direction", "offset")
         for field, weight, shape in zip(fields, head, shapes, strict=True):
             name = f"heads[{i}].{field}"
             _check_tensor(name, weight, states[0])

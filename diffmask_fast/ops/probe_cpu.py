@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from diffmask_fast.ops import cpu
 from diffmask_fast.ops.probe_reference import grad_of_raw, heads_of
@@ -58,8 +59,8 @@ def probe_logits_forward(
     left = None if known is None or known.index is None else torch.empty(len(known.rows), width)
     for i, (state, head) in enumerate(zip(states, heads, strict=True)):
         split = 0 if known is None else known.rows.shape[1]
-        scale = (head.magnitude / head.direction.norm(dim=1, keepdim=True)).squeeze(1)
-        outer = (head.outer_magnitude / head.outer_direction.norm() * head.outer_direction).squeeze(0)
+        scale = head.magnitude / vector_norm(head.direction, dim=1, keepdim=True)
+        outer = head.outer_magnitude / vector_norm(head.outer_direction) * head.outer_direction
         if left is not None:
             assert known is not None
             torch.mm(known.rows, head.direction[:, :split].T, out=left)
@@ -99,9 +100,9 @@ def probe_logits_backward(
     grad_first = torch.zeros(rows, split) if need_first else None
     grad_states, grad_weights = [], []
     for i, (state, head) in enumerate(zip(states, heads, strict=True)):
-        norm = head.direction.norm(dim=1, keepdim=True)
+        norm = vector_norm(head.direction, dim=1, keepdim=True)
         scale = head.magnitude / norm
-        outer_norm = head.outer_direction.norm()
+        outer_norm = vector_norm(head.outer_direction)
         outer = head.outer_magnitude / outer_norm * head.outer_direction
         sums = torch.zeros(2, width)
         product = torch.empty_like(head.direction)
@@ -111,7 +112,7 @@ def probe_logits_backward(
         read = _rows(state)
         for chunk in _chunks(rows):
             part = inside[: chunk.stop - chunk.start]
-            _ops.probe_epilogue_backward_cpu(grads_raw[i, chunk], hidden[i, chunk], outer.squeeze(0), part, sums)
+            _ops.probe_epilogue_backward_cpu(grads_raw[i, chunk], hidden[i, chunk], outer, part, sums)
             _add_product(part.T, read[chunk].float(), product[:, split:], chunk)
             if gathered is not None:
                 assert known is not None and known.index is not None
