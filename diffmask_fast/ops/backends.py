@@ -66,7 +66,7 @@ def choose(name: str, device: str, dtype: torch.dtype, operation: str = "gate_mi
     table = OPERATIONS[operation]
     if name not in table:
         raise ValueError(f"{asked_by}{name!r} is not a backend, expected auto, {' or '.join(table)}")
-    reason = _refusal(table[name], device, dtype) or load(name, operation).unavailable()
+    reason = _refusal(table[name], device, dtype) or _unavailable(table[name])
     if reason is not None:
         raise RuntimeError(f"{asked_by}{name!r} can't run: {reason}")
     return name
@@ -81,7 +81,7 @@ def _automatic(device: str, dtype: torch.dtype, operation: str) -> str:
     for name, backend in OPERATIONS[operation].items():
         if backend.device is None or _refusal(backend, device, dtype) is not None:
             continue
-        reason = load(name, operation).unavailable()
+        reason = _unavailable(backend)
         if reason is None:
             return name
         _warn_once(f"{operation} runs its slow reference backend, because {name!r} can't run: {reason}")
@@ -94,6 +94,10 @@ def _refusal(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
     if backend.dtypes is not None and dtype not in backend.dtypes:
         return f"it takes states of {', '.join(map(str, backend.dtypes))}, and these are {dtype}"
     return None
+
+
+def _unavailable(backend: Backend) -> str | None:
+    return importlib.import_module(backend.module).unavailable()
 
 
 @functools.cache
