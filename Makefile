@@ -56,8 +56,9 @@ squad: $(VENV)/.package ## MODEL= TRAIN= EVAL= [SEED=0]: an input-masking probe 
 	$(BIN)/diffmask-fast train squad --model $(MODEL) --train $(TRAIN) --eval $(EVAL) --seed $(or $(SEED),0) \
 		--out runs/squad-$(or $(SEED),0) --resume
 
-bench: $(VENV)/.dev ## time gate_mix against what else there is
+bench: $(VENV)/.dev ## time gate_mix and probe_logits against what else there is
 	$(BIN)/python bench/ops.py
+	$(BIN)/python bench/probe.py
 
 clean: ## remove what was built and trained, and .venv
 	rm -rf $(VENV) build dist runs *.egg-info diffmask_fast/_cpp*.so

@@ -14,8 +14,8 @@ from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = (2, 10)
 LIMITED_API = "cp310"
-SOURCES = ["csrc/library.cpp", "csrc/gate_mix_cpu.cpp"]
-HEADERS = ["csrc/gate_math.h", "csrc/gate_mix_cpu.h", "csrc/half_types.h"]
+SOURCES = ["csrc/library.cpp", "csrc/gate_mix_cpu.cpp", "csrc/probe_library.cpp", "csrc/probe_cpu.cpp"]
+HEADERS = ["csrc/clones.h", "csrc/gate_math.h", "csrc/gate_mix_cpu.h", "csrc/half_types.h", "csrc/probe_cpu.h"]
 FLAGS = [
     "-std=c++20",
     "-O3",

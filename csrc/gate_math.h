@@ -60,23 +60,48 @@ GATE_INLINE void philox(uint32_t k0, uint32_t k1, uint32_t& c0, uint32_t& c1, ui
 
 // ---- exp and log
 
-// exp(x) for x <= 0 within 1 ulp; 0 where the result would be subnormal.
-GATE_INLINE float exp_of_negative(float x) {
-  const float bounded = x < -87.0f ? -87.0f : x;
+// x = n log 2 + r with a whole n and |r| <= log(2) / 2.
+struct Reduced {
+  uint32_t exponent;  // n in its low bits, moved to where a float keeps its exponent
+  float growth;       // exp(r) - 1
+};
+
+GATE_INLINE Reduced reduce(float x) {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-  const float shifted = bounded * 1.44269504f + 12582912.0f;
+  const float shifted = x * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   // log 2 in two parts; the first has 10 bits, so that n times it is exact.
-  const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   // Minimax for (exp(r) - 1 - r) / r^2 on |r| <= log(2) / 2, relative error of exp 2^-28.
   float p = 0.0013813145f;
   p = p * r + 0.008369419f;
   p = p * r + 0.041668456f;
   p = p * r + 0.16666515f;
   p = p * r + 0.49999994f;
-  const float y = 1.0f + (r + r * r * p);
-  const float scaled = float_of(bits_of(y) + (bits_of(shifted) << 23));
+  return {bits_of(shifted) << 23, r + r * r * p};
+}
+
+// exp(x) for x <= 0 within 1 ulp; 0 where the result would be subnormal.
+GATE_INLINE float exp_of_negative(float x) {
+  const float bounded = x < -87.0f ? -87.0f : x;
+  const Reduced reduced = reduce(bounded);
+  const float y = 1.0f + reduced.growth;
+  const float scaled = float_of(bits_of(y) + reduced.exponent);
   return x < -87.0f ? 0.0f : scaled;
+}
+
+// tanh(x) within 3 ulp, and within 2 beyond 0.55; its sign that of x.
+GATE_INLINE float tanh_of(float x) {
+  const float doubled = 2.0f * minus_magnitude(x);
+  const Reduced reduced = reduce(doubled < -20.0f ? -20.0f : doubled);
+  const float power = float_of(0x3F800000u + reduced.exponent);
+  const float part = power * reduced.growth;
+  // With e = exp(-2 |x|): tanh |x| = 1 - 2 e / (1 + e), and where that would cancel (1 - e) / (1 + e).
+  const float e = power + part;
+  const float rest = (1.0f - power) - part;
+  const bool large = doubled < -1.1f;
+  const float magnitude = (large ? 1.0f : 0.0f) + (large ? -2.0f * e : rest) / (1.0f + e);
+  return float_of((bits_of(magnitude) & 0x7FFFFFFFu) | (bits_of(x) & 0x80000000u));
 }
 
 // k * log(2) + log(1 + f) for sqrt(1/2) - 1 <= f <= sqrt(2) - 1 and a whole number k.

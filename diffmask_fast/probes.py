@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from diffmask_fast.files import replacing
+from diffmask_fast.ops import Head, probe_logits
 
 MASKINGS = ("input", "hidden")
 _FORMAT = "diffmask_fast.probe"
@@ -49,6 +50,11 @@ class GateHead(nn.Module):
         if self.bound is not None:
             logits = self.bound * torch.tanh(logits)
         return logits + self.bias
+
+    def parts(self) -> Head:
+        """The parameters as `probe_logits` takes them."""
+        inner, outer = self.inner.parametrizations["weight"], self.outer.parametrizations["weight"]
+        return Head(inner.original0, inner.original1, self.inner.bias, outer.original0, outer.original1, self.bias)
 
 
 class Probe(nn.Module):
@@ -126,18 +132,19 @@ class Probe(nn.Module):
         """
         if not 0 <= site < self.num_sites:
             raise ValueError(f"site is {site}; this probe has the sites 0 to {self.num_sites - 1}")
-        columns = []
-        for i in self.reads(site):
-            state = states[i].to(self.baselines[0].dtype)
+        dtype = self.baselines[0].dtype
+        read = [states[i] for i in self.reads(site)]
+        if len({state.dtype for state in read}) > 1 or torch.float64 in (read[0].dtype, dtype):
+            read = [state.to(dtype) for state in read]
+        for i, state in zip(self.reads(site), read, strict=True):
             if state.shape[-1] != self.sizes[i]:
                 raise ValueError(
                     f"the state at site {i} is {state.shape[-1]} wide; this probe was made for {self.sizes[i]}: "
                     "use the model that it was trained on"
                 )
-            if self.masking == "input":
-                state = torch.cat([states[0].to(state.dtype), state], dim=-1)
-            columns.append(self.heads[i](state))
-        return torch.stack(columns, dim=-1)
+        heads = [head for i, head in enumerate(self.heads) if i in self.reads(site) and isinstance(head, GateHead)]
+        first = read[0] if self.masking == "input" else None
+        return probe_logits(read, [head.parts() for head in heads], first, bound=heads[0].bound)
 
     def config(self) -> dict[str, Any]:
         """What `Probe(**config)` needs to build the same probe."""

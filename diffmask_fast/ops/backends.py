@@ -1,7 +1,8 @@
-"""Which implementation runs `gate_mix`: the table, what works here, and the choice.
+"""Which implementation runs an operation: the tables, what works here, and the choice.
 
-A backend is a module with ``unavailable() -> str | None``, ``gate_mix_forward`` and ``gate_mix_backward``
-(signatures in ``reference``). It is imported when it is first considered.
+A backend is a module with ``unavailable() -> str | None`` and an operation's ``_forward`` and ``_backward``
+(signatures in ``reference`` for ``gate_mix``, in ``probe_reference`` for ``probe_logits``). It is imported when it is
+first considered.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ BACKENDS = {
     "reference": Backend("diffmask_fast.ops.reference", None, None),
     "cpu": Backend("diffmask_fast.ops.cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16)),
 }
+PROBE_BACKENDS = {
+    "reference": Backend("diffmask_fast.ops.probe_reference", None, None),
+    "cpu": Backend("diffmask_fast.ops.probe_cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16)),
+    "triton": Backend("diffmask_fast.ops.probe_triton", "cuda", (torch.float32, torch.bfloat16, torch.float16)),
+}
+OPERATIONS = {"gate_mix": BACKENDS, "probe_logits": PROBE_BACKENDS}
 
 
 def available() -> dict[str, str | None]:
@@ -37,12 +44,12 @@ def available() -> dict[str, str | None]:
 
 
 @functools.cache
-def load(name: str) -> ModuleType:
-    return importlib.import_module(BACKENDS[name].module)
+def load(name: str, operation: str = "gate_mix") -> ModuleType:
+    return importlib.import_module(OPERATIONS[operation][name].module)
 
 
-def choose(name: str, device: str, dtype: torch.dtype) -> str:
-    """The name of the backend for states of a device type and dtype.
+def choose(name: str, device: str, dtype: torch.dtype, operation: str = "gate_mix") -> str:
+    """The name of the backend of an operation for states of a device type and dtype.
 
     ``"auto"`` is what the environment variable DIFFMASK_FAST_BACKEND names, or else the backend made for the
     device, or else the reference. Raises ValueError for an unknown name, and RuntimeError with the reason
@@ -52,11 +59,14 @@ def choose(name: str, device: str, dtype: torch.dtype) -> str:
     if name == "auto":
         asked_by = f"{ENVIRONMENT}="
         name = os.environ.get(ENVIRONMENT) or "auto"
+        if name in BACKENDS and name not in OPERATIONS[operation]:
+            name = "auto"  # one name for all operations, and not every backend has all of them
     if name == "auto":
-        return _automatic(device, dtype)
-    if name not in BACKENDS:
-        raise ValueError(f"{asked_by}{name!r} is not a backend, expected auto, {' or '.join(BACKENDS)}")
-    reason = _refusal(name, device, dtype) or load(name).unavailable()
+        return _automatic(device, dtype, operation)
+    table = OPERATIONS[operation]
+    if name not in table:
+        raise ValueError(f"{asked_by}{name!r} is not a backend, expected auto, {' or '.join(table)}")
+    reason = _refusal(table[name], device, dtype) or _unavailable(table[name])
     if reason is not None:
         raise RuntimeError(f"{asked_by}{name!r} can't run: {reason}")
     return name
@@ -67,24 +77,27 @@ def choose(name: str, device: str, dtype: torch.dtype) -> str:
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _automatic(device: str, dtype: torch.dtype) -> str:
-    for name, backend in BACKENDS.items():
-        if backend.device is None or _refusal(name, device, dtype) is not None:
+def _automatic(device: str, dtype: torch.dtype, operation: str) -> str:
+    for name, backend in OPERATIONS[operation].items():
+        if backend.device is None or _refusal(backend, device, dtype) is not None:
             continue
-        reason = load(name).unavailable()
+        reason = _unavailable(backend)
         if reason is None:
             return name
-        _warn_once(f"gate_mix runs its slow reference backend, because {name!r} can't run: {reason}")
+        _warn_once(f"{operation} runs its slow reference backend, because {name!r} can't run: {reason}")
     return "reference"
 
 
-def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
-    backend = BACKENDS[name]
+def _refusal(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
     if backend.device not in (None, device):
         return f"it takes states on {backend.device}, and these are on {device}"
     if backend.dtypes is not None and dtype not in backend.dtypes:
         return f"it takes states of {', '.join(map(str, backend.dtypes))}, and these are {dtype}"
     return None
+
+
+def _unavailable(backend: Backend) -> str | None:
+    return importlib.import_module(backend.module).unavailable()
 
 
 @functools.cache

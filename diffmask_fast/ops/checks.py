@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -114,3 +115,47 @@ def _check_seed(seed: Tensor, states: Tensor, generator: torch.Generator | None)
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
+
+
+def check_probe_logits(
+    states: Sequence[Tensor], heads: Sequence[tuple[Tensor, ...]], first: Tensor | None, bound: float | None
+) -> None:
+    """Raise TypeError for a wrong kind or dtype, ValueError for all else that is wrong with these."""
+    if not states or len(states) != len(heads):
+        raise ValueError(f"{len(states)} states and {len(heads)} heads, expected one head for each state, at least one")
+    if bound is not None and (not isinstance(bound, (int, float)) or not 0 < bound < math.inf):
+        raise ValueError(f"bound is {bound}, expected a finite number above 0, or None")
+    named = [(f"states[{i}]", state) for i, state in enumerate(states)]
+    for name, state in [("first", first), *named] if first is not None else named:
+        _check_tensor(name, state, states[0])
+        if state.dim() < 2:
+            raise ValueError(f"{name} has shape {_shape(state)}, expected (..., H) with at least one dim before H")
+        if state.shape[:-1] != states[0].shape[:-1]:
+            raise ValueError(
+                f"{name} has shape {_shape(state)} and states[0] {_shape(states[0])}: expected them to differ in the "
+                "last dim alone"
+            )
+        if state.dtype != states[0].dtype or state.dtype not in STATE_DTYPES:
+            raise TypeError(
+                f"{name} is {state.dtype} and states[0] {states[0].dtype}: expected all of one dtype, one of "
+                f"{', '.join(map(str, STATE_DTYPES))}"
+            )
+        if state.numel() == 0:
+            raise ValueError(f"{name} has shape {_shape(state)}, which is empty: leave empty batches out")
+    width, dtype = heads[0][2].shape[0] if heads[0][2].dim() else 0, heads[0][0].dtype
+    for i, (state, head) in enumerate(zip(states, heads, strict=True)):
+        reads = state.shape[-1] + (first.shape[-1] if first is not None else 0)
+        shapes = ((width, 1), (width, reads), (width,), (1, 1), (1, width), ())
+        fields = ("magnitude", "direction", "bias", "outer_magnitude", "outer_direction", "offset")
+        for field, weight, shape in zip(fields, head, shapes, strict=True):
+            name = f"heads[{i}].{field}"
+            _check_tensor(name, weight, states[0])
+            if weight.shape != shape or width == 0:
+                raise ValueError(f"{name} has shape {_shape(weight)}, expected {shape} for the states that it reads")
+            if weight.dtype != dtype or not weight.is_floating_point():
+                raise TypeError(f"{name} is {weight.dtype} and {dtype} came before it: expected one floating dtype")
+    if (dtype == torch.float64) != (states[0].dtype == torch.float64):
+        raise TypeError(
+            f"states are {states[0].dtype} and heads {dtype}: float64 and smaller dtypes do not mix. Make both float64 "
+            "or none"
+        )

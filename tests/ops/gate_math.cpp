@@ -18,6 +18,10 @@ void log1p_of_unit_all(int64_t n, const float* in, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = log1p_of_unit(in[i]);
 }
 
+void tanh_of_all(int64_t n, const float* in, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = tanh_of(in[i]);
+}
+
 void load_all(int64_t bfloat, const uint16_t* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = bfloat ? BFloat16::load(in[i]) : Float16::load(in[i]);
 }

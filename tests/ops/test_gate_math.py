@@ -72,6 +72,15 @@ def test_log1p_is_within_two_ulps(library):
     assert ulps(apply(library.log1p_of_unit_all, x), np.log1p(x.astype(np.float64))) <= 2
 
 
+def test_tanh_is_within_three_ulps_and_odd(library):
+    x = np.concatenate([np.linspace(0, 25, 2_000_001), np.geomspace(1e-37, 1, 200_001), [1e30, np.inf]])
+    x = np.concatenate([x, -x]).astype(np.float32)
+    out = apply(library.tanh_of_all, x)
+    assert ulps(out, np.tanh(x.astype(np.float64))) <= 3
+    np.testing.assert_array_equal(np.signbit(out), np.signbit(x))
+    assert np.isnan(apply(library.tanh_of_all, np.array([np.nan], dtype=np.float32))).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_number_is_loaded_exactly(library, dtype):
     x = np.arange(2**16, dtype=np.uint16)

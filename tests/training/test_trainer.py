@@ -239,7 +239,8 @@ def test_a_damaged_checkpoint_file_is_one_error_that_names_it(
     else:
         content[len(content) // 2] ^= 0x40
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{path.name} is damaged|is damaged: ") as caught:
+    # in the list of files the flipped bit may fall into a name
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged|is damaged: |is missing: ") as caught:
         train(tmp_path / "run", "published", resume=True)
     assert str(path.parent) in str(caught.value)
 
