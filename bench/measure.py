@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders timed in turn, memory, bytes kept for backward, and the rows that are printed."""
+"""What the benchmarks share: contenders timed in turn, memory, bytes kept for backward, the rows that are printed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WARM_UP = 3
 
 
 def in_turn(runs: dict[str, Run], device: str, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each run in each round. All take turns, so that a noisy machine is noisy for all of them alike."""
+    """Milliseconds of each run in each round. All take turns: a noisy machine is noisy for all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + WARM_UP):
         for name, run in runs.items():
@@ -88,7 +88,7 @@ def last_level_cache() -> int:
 
 
 def refuse_if_wrong(name: str, got: Tensor, oracle: Tensor, dtype: torch.dtype) -> None:
-    """No time is printed for a wrong result. What is allowed is far below what one wrong gate does, and above rounding."""
+    """No time is printed for a wrong result. Allowed is more than rounding, and far less than one wrong gate does."""
     allowed = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
     worst = (got.double() - oracle).abs().max().item()
     if not worst <= allowed * max(1.0, oracle.abs().max().item()):

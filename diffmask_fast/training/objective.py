@@ -45,7 +45,7 @@ class Objective(nn.Module):
         self.recipe = recipe
         self.multipliers = multipliers_for(recipe, probe.num_sites)
         self.statistics = Statistics(probe.num_sites)
-        self.set_progress(0.0)
+        self.pull = recipe.pull
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         real = inputs["attention_mask"]

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from diffmask_fast.masking import frozen
 from diffmask_fast.ops import backends, draw_seed, gate_mix, uniforms
-from diffmask_fast.ops.reference import LEFT, RIGHT, TEMPERATURE
+from diffmask_fast.ops.reference import LEFT, RIGHT, TEMPERATURE, log_open
 from diffmask_fast.probes import Probe
 from diffmask_fast.sites import patch
 from diffmask_fast.training import objective as module
-from diffmask_fast.training.objective import ALWAYS_OPEN, Objective, rank_seed
+from diffmask_fast.training.objective import ALWAYS_OPEN, Objective, pulled, rank_seed
 from diffmask_fast.training.recipe import Recipe
 
 SITES, WIDTH, TOLERANCE, SEED = 4, 16, 0.3, 11
-PUBLISHED = Recipe(tolerance=TOLERANCE, draw="batch", credit="all", multiplier="ascent", initial_multiplier=2.0)
+PUBLISHED = Recipe(
+    tolerance=TOLERANCE, pull=0.0, draw="batch", credit="all", multiplier="ascent", initial_multiplier=2.0
+)
 
 
 def with_recipe(**changes: Any) -> Recipe:
@@ -300,6 +302,38 @@ def test_the_multipliers_watch_in_training_only(make: Any, inputs: dict, monkeyp
     assert not seen
     objective.train()(**inputs)
     assert len(seen) == 1
+
+
+def test_a_pull_leaves_the_value_and_lifts_the_gradient_of_open_gates_only() -> None:
+    logits = torch.linspace(-6, 8, 29, dtype=torch.float64, requires_grad=True)
+    plain = log_open(logits)
+    assert torch.equal(pulled(plain, logits, 0.25), plain)
+    (gradient,) = torch.autograd.grad(pulled(plain, logits, 0.25).sum(), logits)
+    torch.testing.assert_close(gradient, (1 - plain.exp()).clamp(min=0.25))
+
+
+@pytest.mark.parametrize("masking", ["input", "hidden"])
+def test_a_step_pulls_on_the_gates_of_the_drawn_site(masking: str, make: Any, inputs: dict) -> None:
+    moved = {}
+    for pull in (0.0, 0.9):
+        objective = make(masking, with_recipe(pull=pull, credit="own"), [2, 2, 2])
+        torch.manual_seed(SEED)
+        loss = objective(**inputs)["loss"]
+        moved[pull] = loss.detach(), gradients(objective, loss)
+    (plain_loss, plain), (pulled_loss, strong) = moved[0.0], moved[0.9]
+    torch.testing.assert_close(pulled_loss, plain_loss)
+    assert strong["probe.heads.2.bias"] > plain["probe.heads.2.bias"]
+    others = [name for name in plain if "heads.2." not in name]
+    assert others and all(torch.equal(plain[name], strong[name]) for name in others)
+
+
+def test_progress_widens_the_bound_and_lets_the_pull_fade(make: Any) -> None:
+    objective = make("input", with_recipe(pull=0.2, initial_bound=3.0, bound=10.0))
+    seen = []
+    for progress in (0.0, 0.35, 0.7, 1.0):
+        objective.set_progress(progress)
+        seen.append((objective.probe.heads[0].bound, objective.pull))
+    assert seen == [pytest.approx(pair) for pair in ((3, 0.2), (6.5, 0.13), (10, 0.06), (10, 0))]
 
 
 def test_statistics_are_means_per_site_since_the_last_look() -> None:
