@@ -25,10 +25,13 @@ class Backend(NamedTuple):
     """Device type and dtypes of the states that it takes; None: any."""
 
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = {
     "reference": Backend("diffmask_fast.ops.reference", None, None),
-    "cpu": Backend("diffmask_fast.ops.cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16)),
+    "cpu": Backend("diffmask_fast.ops.cpu", "cpu", _FLOATS),
+    "triton": Backend("diffmask_fast.ops.triton", "cuda", _FLOATS),
 }
+"""Of those for one device, auto prefers the one that stands first."""
 
 
 def available() -> dict[str, str | None]:
@@ -68,20 +71,28 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _automatic(device: str, dtype: torch.dtype) -> str:
+    reasons = []
+    chosen = "reference"
     for name, backend in BACKENDS.items():
-        if backend.device is None or _refusal(name, device, dtype) is not None:
+        if backend.device != device or _refusal(name, device, dtype) is not None:
             continue
         reason = load(name).unavailable()
         if reason is None:
-            return name
-        _warn_once(f"gate_mix runs its slow reference backend, because {name!r} can't run: {reason}")
-    return "reference"
+            chosen = name
+            break
+        reasons.append(f"{name!r} can't run: {reason}")
+    if reasons:
+        slow = "slow " if chosen == "reference" else ""
+        _warn_once(f"gate_mix runs its {slow}{chosen} backend, because {'; '.join(reasons)}")
+    return chosen
 
 
 def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
     backend = BACKENDS[name]
-    if backend.device not in (None, device):
-        return f"it takes states on {backend.device}, and these are on {device}"
+    interpreted = name == "triton" and device == "cpu" and load(name).interpreting()
+    if backend.device not in (None, device) and not interpreted:
+        hint = "; TRITON_INTERPRET=1 in the environment lets it take those too, slowly" if name == "triton" else ""
+        return f"it takes states on {backend.device}, and these are on {device}{hint}"
     if backend.dtypes is not None and dtype not in backend.dtypes:
         return f"it takes states of {', '.join(map(str, backend.dtypes))}, and these are {dtype}"
     return None
