@@ -36,6 +36,11 @@ def _offset(index, steps, strides):
 
 
 @triton.jit
+def _rows(first, index, steps, strides, V: tl.constexpr):
+    return first + _offset(index, steps, strides) * V
+
+
+@triton.jit
 def _gate(logits, seed, row, k, real, count, temperature, left, spread):
     """Logits, gates and their slopes of the rows (R, 1), as tiles (R, K); all are finite where there is no gate."""
     element = row.to(tl.int64) * count + k
@@ -73,7 +78,6 @@ def forward_kernel(
     C: tl.constexpr,
     BITS: tl.constexpr,
     V: tl.constexpr,
-    ONE_BASELINE: tl.constexpr,
 ):
     """A program mixes R consecutive rows, C columns at a time."""
     row = tl.program_id(0).to(rows.dtype) * R + tl.arange(0, R)[:, None]
@@ -82,11 +86,8 @@ def forward_kernel(
     columns = vectors * V
     state_row = states + _offset(row, steps, states_at) * V
     mixed_row = mixed + row.to(tl.int64) * vectors * V
-    baseline_row = baseline
-    baseline_real = column >= 0
-    if not ONE_BASELINE:
-        baseline_row = baseline + _offset(row, steps, baseline_at) * vectors * V
-        baseline_real = real
+    # Rows that share a baseline read it from the cache.
+    baseline_row = baseline + _offset(row, steps, baseline_at) * vectors * V
 
     # The first states are on their way while the gates are made.
     state = tl.load(state_row + column, mask=real & (column < columns), other=0.0)
@@ -101,7 +102,7 @@ def forward_kernel(
 
     for start in range(0, columns, C):
         here = start + column
-        b = tl.load(baseline_row + here, mask=baseline_real & (here < columns), other=0.0).to(tl.float32)
+        b = tl.load(baseline_row + here, mask=real & (here < columns), other=0.0).to(tl.float32)
         later = tl.load(state_row + (here + C), mask=real & (here + C < columns), other=0.0)
         mix = z * state.to(tl.float32) + (1.0 - z) * b
         tl.store(mixed_row + here, mix.to(mixed.dtype.element_ty), mask=real & (here < columns))
@@ -154,30 +155,36 @@ def backward_kernel(
     first_grad = grad + _offset(group, group_steps, group_at[2]) * V
     k = tl.arange(0, 1 << BITS)[None, :]
 
-    total = tl.zeros((R, C), tl.float32)
+    total = tl.zeros((1, C), tl.float32)
     begin = part.to(members.dtype) * part_size
     end = tl.minimum(begin + part_size, members)
-    for start in range(begin, end, R):
-        member = start + tl.arange(0, R)[:, None]
+    member = begin + tl.arange(0, R)[:, None]
+    state = tl.load(_rows(first_state, member, member_steps, member_at[1], V) + column, mask=(member < end) & inside, other=0.0)
+    g = tl.load(_rows(first_grad, member, member_steps, member_at[2], V) + column, mask=(member < end) & inside, other=0.0)
+    for _ in range(begin, end, R):
         real = member < end
         row = first_row + _offset(member, member_steps, member_at[0])
-        state_row = first_state + _offset(member, member_steps, member_at[1]) * V
-        grad_row = first_grad + _offset(member, member_steps, member_at[2]) * V
-        state = tl.load(state_row + column, mask=real & inside, other=0.0).to(tl.float32)
-        g = tl.load(grad_row + column, mask=real & inside, other=0.0).to(tl.float32)
-        dot = tl.sum(g * (state - b), axis=1, keep_dims=True)
-        tl.store(dots + chunk.to(tl.int64) * rows + row, dot, mask=real)
+        z = tl.zeros((R, 1), tl.float32)
         if grad_states is not None or grad_baseline is not None:
             _, gate, _ = _gate(logits, seed, row, k, real, count, temperature, left, spread)
             z = _last(running_product(gate, k, BITS), k, count)
-            if grad_baseline is not None:
-                total += (1.0 - z) * g
-            if grad_states is not None:
-                place = grad_states + row * vectors * V + column
-                tl.store(place, (z * g).to(grad_states.dtype.element_ty), mask=real & inside)
+        # The next rows are on their way while these are summed. Asked for before the gates, they would have Triton lay
+        # tiles out in the gates' way, and pass them through shared memory.
+        member += R
+        more = (member < end) & inside
+        next_state = tl.load(_rows(first_state, member, member_steps, member_at[1], V) + column, mask=more, other=0.0)
+        next_g = tl.load(_rows(first_grad, member, member_steps, member_at[2], V) + column, mask=more, other=0.0)
+        wide = g.to(tl.float32)
+        dot = tl.sum(wide * (state.to(tl.float32) - b), axis=1, keep_dims=True)
+        tl.store(dots + chunk.to(tl.int64) * rows + row, dot, mask=real)
+        if grad_baseline is not None:
+            total += tl.sum((1.0 - z) * wide, axis=0, keep_dims=True)
+        if grad_states is not None:
+            place = grad_states + row * vectors * V + column
+            tl.store(place, (z * wide).to(grad_states.dtype.element_ty), mask=real & inside)
+        state, g = next_state, next_g
     if grad_baseline is not None:
         place = grad_baseline + (part.to(tl.int64) * groups + group) * vectors * V + column
-        total = tl.sum(total, axis=0, keep_dims=True)
         tl.store(place, total.to(grad_baseline.dtype.element_ty), mask=inside)
 
 

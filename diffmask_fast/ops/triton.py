@@ -97,7 +97,6 @@ def gate_mix_forward(
             C=tile.columns,
             BITS=_bits(count),
             V=vector,
-            ONE_BASELINE=layout.groups == 1,
             num_warps=tile.warps,
             **OPTIONS,
         )
@@ -290,12 +289,12 @@ def _count(logits: Tensor) -> int:
 
 
 def _bits(count: int) -> int:
-    """of the smallest power of 2 that is `count` or more"""
-    return (count - 1).bit_length()
+    """of the columns of a tile of gates; at least two columns, or each thread would make the gates of all rows"""
+    return max(1, (count - 1).bit_length())
 
 
 def _power_of_2(n: int) -> int:
-    return 1 << _bits(n)
+    return 1 << (n - 1).bit_length()
 
 
 def _ceil(a: int, b: int) -> int:
