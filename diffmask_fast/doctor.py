@@ -41,6 +41,9 @@ def check(backend: str) -> tuple[float, int]:
     one step by (right - left) / (4 * temperature) = 1.5 and a uniform's logit by at most 16.
     """
     allowed = 64 * torch.finfo(torch.float32).eps
+    device = backends.BACKENDS[backend].device or "cpu"
+    if not torch.cuda.is_available():  # where Triton's kernels are interpreted
+        device = "cpu"
     generator = torch.Generator().manual_seed(0)
     worst, cases, end = 0.0, 0, time.monotonic() + CHECK_SECONDS
     while time.monotonic() < end or cases == 0:
@@ -49,6 +52,7 @@ def check(backend: str) -> tuple[float, int]:
         logits = torch.randn(batch, length, gates, generator=generator) * 3
         baseline = torch.randn(width, generator=generator)
         seed = torch.randint(2**62, (2,), generator=generator)
+        states, logits, baseline, seed = (tensor.to(device) for tensor in (states, logits, baseline, seed))
         got = gate_mix(states, logits, baseline, seed, backend=backend)
         law = (reference.TEMPERATURE, reference.LEFT, reference.RIGHT)
         expected = reference.gate_mix_forward(states.double(), logits.double(), baseline.double(), seed, *law)

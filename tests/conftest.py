@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import interpreter
 import pytest
 import torch
+from torch import Tensor
+
+if interpreter.ON:
+    interpreter.round_to_nearest()
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +93,49 @@ def qa_folder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Callable[...,
 def distributions_validate() -> None:
     """torch.compile turns the validation of all distributions off, for the whole process and for good."""
     torch.distributions.Distribution.set_default_validate_args(True)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is full of NaN, so that an output that nobody writes shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+class Case(NamedTuple):
+    states: Tensor
+    logits: Tensor
+    baseline: Tensor
+    seed: Tensor
+
+
+@pytest.fixture
+def case() -> Callable[..., Case]:
+    """Makes inputs of `gate_mix`, the same each time."""
+
+    def make(
+        leading: tuple[int, ...] = (3, 7),
+        width: int = 37,
+        gates: int = 4,
+        baseline: tuple[int, ...] | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> Case:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return Case(
+            normal(*leading, width).to(dtype).requires_grad_(),
+            (normal(*leading, gates) * 2 + 1).to(logits_dtype).requires_grad_(),
+            normal(*(baseline or (width,))).to(logits_dtype).requires_grad_(),
+            torch.tensor([1234567890123456789 + seed, -5]),
+        )
+
+    return make

@@ -20,22 +20,29 @@ ENVIRONMENT = "DIFFMASK_FAST_BACKEND"
 
 
 class Backend(NamedTuple):
-    module: str
     device: str | None
     dtypes: tuple[torch.dtype, ...] | None
     """Device type and dtypes of the states that it takes; None: any."""
 
+    modules: dict[str, str]
+    """The module of each operation that it has."""
 
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = {
-    "reference": Backend("diffmask_fast.ops.reference", None, None),
-    "cpu": Backend("diffmask_fast.ops.cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16)),
+    "reference": Backend(
+        None,
+        None,
+        {"gate_mix": "diffmask_fast.ops.reference", "probe_logits": "diffmask_fast.ops.probe_reference"},
+    ),
+    "cpu": Backend(
+        "cpu", _FLOATS, {"gate_mix": "diffmask_fast.ops.cpu", "probe_logits": "diffmask_fast.ops.probe_cpu"}
+    ),
+    "triton": Backend(
+        "cuda", _FLOATS, {"gate_mix": "diffmask_fast.ops.triton", "probe_logits": "diffmask_fast.ops.probe_triton"}
+    ),
 }
-PROBE_BACKENDS = {
-    "reference": Backend("diffmask_fast.ops.probe_reference", None, None),
-    "cpu": Backend("diffmask_fast.ops.probe_cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16)),
-    "triton": Backend("diffmask_fast.ops.probe_triton", "cuda", (torch.float32, torch.bfloat16, torch.float16)),
-}
-OPERATIONS = {"gate_mix": BACKENDS, "probe_logits": PROBE_BACKENDS}
+"""Of those for one device, auto prefers the one that stands first."""
 
 
 def available() -> dict[str, str | None]:
@@ -45,28 +52,28 @@ def available() -> dict[str, str | None]:
 
 @functools.cache
 def load(name: str, operation: str = "gate_mix") -> ModuleType:
-    return importlib.import_module(OPERATIONS[operation][name].module)
+    return importlib.import_module(BACKENDS[name].modules[operation])
 
 
 def choose(name: str, device: str, dtype: torch.dtype, operation: str = "gate_mix") -> str:
     """The name of the backend of an operation for states of a device type and dtype.
 
-    ``"auto"`` is what the environment variable DIFFMASK_FAST_BACKEND names, or else the backend made for the
-    device, or else the reference. Raises ValueError for an unknown name, and RuntimeError with the reason
-    where a backend asked for by name can't run.
+    ``"auto"`` is what the environment variable DIFFMASK_FAST_BACKEND names, if that has the operation, or else the
+    first backend made for the device that can run, or else the reference. Raises ValueError for an unknown name, and
+    RuntimeError with the reason where a backend asked for by name can't run.
     """
+    names = [known for known, backend in BACKENDS.items() if operation in backend.modules]
     asked_by = "backend="
     if name == "auto":
         asked_by = f"{ENVIRONMENT}="
         name = os.environ.get(ENVIRONMENT) or "auto"
-        if name in BACKENDS and name not in OPERATIONS[operation]:
-            name = "auto"  # one name for all operations, and not every backend has all of them
+        if name in BACKENDS and name not in names:
+            name = "auto"
     if name == "auto":
-        return _automatic(device, dtype, operation)
-    table = OPERATIONS[operation]
-    if name not in table:
-        raise ValueError(f"{asked_by}{name!r} is not a backend, expected auto, {' or '.join(table)}")
-    reason = _refusal(table[name], device, dtype) or _unavailable(table[name])
+        return _automatic(names, device, dtype, operation)
+    if name not in names:
+        raise ValueError(f"{asked_by}{name!r} is not a backend of {operation}, expected auto, {' or '.join(names)}")
+    reason = _refusal(name, device, dtype) or load(name, operation).unavailable()
     if reason is not None:
         raise RuntimeError(f"{asked_by}{name!r} can't run: {reason}")
     return name
@@ -77,27 +84,32 @@ def choose(name: str, device: str, dtype: torch.dtype, operation: str = "gate_mi
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _automatic(device: str, dtype: torch.dtype, operation: str) -> str:
-    for name, backend in OPERATIONS[operation].items():
-        if backend.device is None or _refusal(backend, device, dtype) is not None:
+def _automatic(names: list[str], device: str, dtype: torch.dtype, operation: str) -> str:
+    reasons = []
+    chosen = "reference"
+    for name in names:
+        if BACKENDS[name].device != device or _refusal(name, device, dtype) is not None:
             continue
-        reason = _unavailable(backend)
+        reason = load(name, operation).unavailable()
         if reason is None:
-            return name
-        _warn_once(f"{operation} runs its slow reference backend, because {name!r} can't run: {reason}")
-    return "reference"
+            chosen = name
+            break
+        reasons.append(f"{name!r} can't run: {reason}")
+    if reasons:
+        slow = "slow " if chosen == "reference" else ""
+        _warn_once(f"{operation} runs its {slow}{chosen} backend, because {'; '.join(reasons)}")
+    return chosen
 
 
-def _refusal(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
-    if backend.device not in (None, device):
-        return f"it takes states on {backend.device}, and these are on {device}"
+def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
+    backend = BACKENDS[name]
+    interpreted = name == "triton" and device == "cpu" and load(name).interpreting()
+    if backend.device not in (None, device) and not interpreted:
+        hint = "; TRITON_INTERPRET=1 in the environment lets it take those too, slowly" if name == "triton" else ""
+        return f"it takes states on {backend.device}, and these are on {device}{hint}"
     if backend.dtypes is not None and dtype not in backend.dtypes:
         return f"it takes states of {', '.join(map(str, backend.dtypes))}, and these are {dtype}"
     return None
-
-
-def _unavailable(backend: Backend) -> str | None:
-    return importlib.import_module(backend.module).unavailable()
 
 
 @functools.cache

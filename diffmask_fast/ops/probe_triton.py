@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffmask_fast.ops import triton
 from diffmask_fast.ops.probe_reference import grad_of_raw, heads_of
 
 # Products in three tf32 parts are as exact as in float32, and several times faster on tensor cores.
@@ -24,13 +24,8 @@ NORM_BACKWARD_BLOCKS = {"BLOCK_F": 1024}
 WARPS, NORM_WARPS = 8, 4
 
 
-@functools.cache
 def unavailable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    return None
+    return triton.unavailable()
 
 
 def probe_logits_forward(

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from diffmask_fast.ops import backends, cpu, gate_mix
+from diffmask_fast.ops import backends, cpu, gate_mix, triton
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 
@@ -24,8 +25,11 @@ def no_environment(monkeypatch):
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
 
 
-def test_every_backend_works_here():
-    assert backends.available() == {"reference": None, "cpu": None}
+def test_every_backend_works_here_or_says_why_not():
+    reasons = backends.available()
+    assert reasons["reference"] is None and reasons["cpu"] is None
+    if not torch.cuda.is_available() and not triton.interpreting():
+        assert "finds no GPU" in reasons["triton"] or "not installed" in reasons["triton"]
 
 
 def test_auto_takes_the_cpp_backend_for_what_it_can_run_and_the_reference_for_the_rest():
@@ -61,6 +65,35 @@ def test_auto_falls_back_to_the_reference_and_says_so_once(broken_cpu):
     with pytest.warns(RuntimeWarning, match="the library is not there") as warned:
         assert [backends.choose("auto", "cpu", FLOAT) for _ in range(3)] == ["reference"] * 3
     assert len(warned) == 1
+
+
+def test_auto_on_a_gpu_takes_triton_or_says_once_why_not(monkeypatch):
+    backends._warn_once.cache_clear()
+    monkeypatch.setattr(triton, "unavailable", lambda: "no driver")
+    with pytest.warns(RuntimeWarning, match="slow reference backend, because 'triton' can't run: no driver"):
+        assert backends.choose("auto", "cuda", FLOAT) == "reference"
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    assert backends.choose("auto", "cuda", FLOAT) == "triton"
+    assert backends.choose("auto", "cuda", DOUBLE) == "reference"
+
+
+def test_triton_takes_states_on_the_cpu_only_where_it_interprets(monkeypatch):
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="states on cuda, and these are on cpu; TRITON_INTERPRET=1"):
+        backends.choose("triton", "cpu", FLOAT)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.choose("triton", "cpu", FLOAT) == "triton"
+    assert backends.choose("auto", "cpu", FLOAT) == "cpu"
+
+
+def test_without_triton_or_a_gpu_the_reason_says_so(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert "finds no GPU" in triton.unavailable.__wrapped__()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install" in triton.unavailable.__wrapped__()
 
 
 def test_a_library_that_does_not_load_is_a_reason_and_no_error(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from diffmask_fast.ops import gate_mix, reference
 
-BACKENDS = ("reference", "cpu")
+# Triton's interpreter runs its kernels on the CPU, in a process that was started for it: see the Makefile.
+FAST = ("cpu", "triton") if interpreter.ON else ("cpu",)
+BACKENDS = ("reference", *FAST)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # leading dims, H, K, baseline
 SHAPES = [
@@ -56,12 +59,13 @@ def assert_as_good_as_reference(ours: Tensor, plain: Tensor, exact: Tensor, eps:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_is_as_close_to_float64_as_the_reference_is(case, shape, dtype):
+@pytest.mark.parametrize("backend", FAST)
+def test_a_backend_is_as_close_to_float64_as_the_reference_is(case, shape, dtype, backend):
     inputs = case(*shape, dtype=dtype)
     grads = gradients(gate_mix(*inputs))
     exact = run(in_float64(inputs), "reference", grads)
     plain = run(inputs, "reference", grads)
-    ours = run(inputs, "cpu", grads)
+    ours = run(inputs, backend, grads)
     for mine, theirs, oracle in zip(ours, plain, exact, strict=True):
         assert mine.dtype == theirs.dtype
         assert mine.shape == theirs.shape
@@ -69,20 +73,22 @@ def test_cpu_is_as_close_to_float64_as_the_reference_is(case, shape, dtype):
 
 
 @pytest.mark.parametrize("law", [(2 / 3, -0.1, 1.1), (1 / 3, -0.2, 1.0), (0.05, -1.0, 2.0)])
-def test_cpu_follows_every_law(case, law):
+@pytest.mark.parametrize("backend", FAST)
+def test_a_backend_follows_every_law(case, law, backend):
     names = dict(zip(("temperature", "left", "right"), law, strict=True))
     inputs = case((4, 50), 8, 3)
     grads = gradients(gate_mix(*inputs))
     exact = run(in_float64(inputs), "reference", grads, **names)
     plain = run(inputs, "reference", grads, **names)
-    for mine, theirs, oracle in zip(run(inputs, "cpu", grads, **names), plain, exact, strict=True):
+    for mine, theirs, oracle in zip(run(inputs, backend, grads, **names), plain, exact, strict=True):
         assert_as_good_as_reference(mine, theirs, oracle, torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_mixes_with_the_bits_of_the_formula_given_its_gates(case, dtype):
+@pytest.mark.parametrize("backend", FAST)
+def test_a_backend_mixes_with_the_bits_of_the_formula_given_its_gates(case, dtype, backend):
     inputs = case((5, 40), 70, 3, dtype=dtype)
-    mixed, gates, _ = gate_mix(*inputs, backend="cpu")
+    mixed, gates, _ = gate_mix(*inputs, backend=backend)
     z = gates[..., -1:]
     assert torch.equal(mixed, (z * inputs.states.float() + (1 - z) * inputs.baseline).to(dtype))
 
@@ -167,7 +173,8 @@ def test_same_seed_gives_the_same_bits_for_one_and_two_threads(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_states_with_any_outer_strides_give_what_their_copy_gives(case, dtype):
+@pytest.mark.parametrize("backend", FAST)
+def test_states_with_any_outer_strides_give_what_their_copy_gives(case, dtype, backend):
     big = case((9, 5, 4), 80, 2, dtype=dtype)
     view = big.states[1:8, 2:, 1:3, 17:60].transpose(0, 1)
     _, logits, baseline, _ = case((3, 7, 2), 43, 2)
@@ -178,7 +185,7 @@ def test_states_with_any_outer_strides_give_what_their_copy_gives(case, dtype):
             logits.detach().requires_grad_(),
             baseline.detach().requires_grad_(),
         )
-        outputs = gate_mix(*inputs, big.seed, backend="cpu")
+        outputs = gate_mix(*inputs, big.seed, backend=backend)
         grads = gradients(outputs)
         result = (*outputs, *torch.autograd.grad(outputs, inputs, grads))
         if states is view:
@@ -186,9 +193,10 @@ def test_states_with_any_outer_strides_give_what_their_copy_gives(case, dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, result, strict=True))
 
 
-def test_a_gradient_with_any_strides_gives_what_its_copy_gives(case):
+@pytest.mark.parametrize("backend", FAST)
+def test_a_gradient_with_any_strides_gives_what_its_copy_gives(case, backend):
     inputs = case((3, 6), 10, 2)
-    mixed = gate_mix(*inputs, backend="cpu").mixed
+    mixed = gate_mix(*inputs, backend=backend).mixed
     for grad in (torch.ones(1, 1, 1).expand_as(mixed), torch.randn(10, 6, 3).permute(2, 1, 0)):
         strided = torch.autograd.grad(mixed, inputs[:3], grad, retain_graph=True)
         plain = torch.autograd.grad(mixed, inputs[:3], grad.contiguous(), retain_graph=True)
@@ -267,10 +275,11 @@ def test_a_baseline_in_the_states_dtype_gets_its_gradient_in_it(case, backend):
     assert torch.equal(grad, wide.bfloat16())
 
 
-def test_the_baseline_gradient_of_many_rows_is_summed_in_float32(case):
+@pytest.mark.parametrize("backend", FAST)
+def test_the_baseline_gradient_of_many_rows_is_summed_in_float32(case, backend):
     inputs = case((4096,), 3, 1, dtype=torch.bfloat16)
     logits = torch.full_like(inputs.logits, -100.0).requires_grad_()
-    mixed = gate_mix(inputs.states, logits, inputs.baseline, inputs.seed, backend="cpu").mixed
+    mixed = gate_mix(inputs.states, logits, inputs.baseline, inputs.seed, backend=backend).mixed
     (grad,) = torch.autograd.grad(mixed, inputs.baseline, torch.ones_like(mixed))
     # Every gate is closed: the sum of 4096 ones is exact in float32 and stops at 256 in bfloat16.
     np.testing.assert_array_equal(grad.numpy(), np.full(3, 4096.0))

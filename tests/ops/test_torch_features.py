@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import interpreter
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from diffmask_fast.ops import gate_mix
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton") if interpreter.ON else ("reference", "cpu")
 LAW = (0.2, -0.2, 1.0)
 
 
