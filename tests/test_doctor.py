@@ -48,7 +48,9 @@ def test_a_backend_that_is_wrong_makes_the_report_fail(
 
     load = backends.load
     broken = SimpleNamespace(gate_mix_forward=wrong, unavailable=lambda: None)
-    monkeypatch.setattr(backends, "load", lambda name: broken if name == "reference" else load(name))
+    monkeypatch.setattr(
+        backends, "load", lambda name, *operation: broken if name == "reference" else load(name, *operation)
+    )
     monkeypatch.setattr(backends, "available", lambda: {"reference": None})
     assert not doctor.report()
     assert "backend reference  WRONG" in capsys.readouterr().out

@@ -338,7 +338,9 @@ def test_wrong_input_is_one_clear_error(change, error, words):
 
 
 def test_an_unknown_backend_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'gpu' is not a backend of probe_logits, expected auto, reference or cpu or triton"):
+    with pytest.raises(
+        ValueError, match="'gpu' is not a backend of probe_logits, expected auto, reference or cpu or triton"
+    ):
         call(make(*CASES[0]), "gpu")
 
 
