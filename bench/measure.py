@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -53,7 +54,8 @@ def peak_extra_bytes(run: Run, device: str) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # Linux forgets its high-water mark of resident memory when told to; tensors of any size are pages of their own
+    # Freed memory goes back to Linux, which then forgets its high-water mark of resident memory.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     run()
