@@ -1,8 +1,8 @@
 """The scalar math of the gate for Triton: Philox, exp and log, the Hard Concrete and its derivatives.
 
 Line by line that of csrc/gate_math.h, so that a gate has the same bits on every backend. This takes IEEE division
-(``div_rn``) and kernels compiled with ``enable_fp_fusion=False``. Unlike there, a logit that isn't finite makes all that
-is computed from it NaN: a kernel can't stop and say so.
+(``div_rn``) and kernels compiled with ``enable_fp_fusion=False``. Unlike there, a logit that isn't finite makes all
+that is computed from it NaN: a kernel can't stop and say so.
 """
 
 from __future__ import annotations
@@ -134,9 +134,9 @@ def _zero_or_nan(logit):
     return logit - logit
 
 
-# Running products and sums along the last dim of a (R, K) tile whose columns are k, (1, K) with K = 2^BITS. The order of
-# operations for a column depends on that column alone, which tl.associative_scan does not promise: a row has the same
-# bits in forward and backward, whatever the tile.
+# Running products and sums along the last dim of a (R, K) tile whose columns are k, (1, K) with K = 2^BITS. The order
+# of operations for a column depends on that column alone, which tl.associative_scan does not promise: a row has the
+# same bits in forward and backward, whatever the tile.
 
 
 @triton.jit

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from diffmask_fast.kernels.gate_math import (
     exclusive_product,
     hard_concrete,
@@ -84,7 +83,7 @@ def forward_kernel(
     real = row < rows
     column = tl.arange(0, C)[None, :]
     columns = vectors * V
-    state_row = states + _offset(row, steps, states_at) * V
+    state_row = _rows(states, row, steps, states_at, V)
     mixed_row = mixed + row.to(tl.int64) * vectors * V
     # Rows that share a baseline read it from the cache.
     baseline_row = baseline + _offset(row, steps, baseline_at) * vectors * V
@@ -159,8 +158,9 @@ def backward_kernel(
     begin = part.to(members.dtype) * part_size
     end = tl.minimum(begin + part_size, members)
     member = begin + tl.arange(0, R)[:, None]
-    state = tl.load(_rows(first_state, member, member_steps, member_at[1], V) + column, mask=(member < end) & inside, other=0.0)
-    g = tl.load(_rows(first_grad, member, member_steps, member_at[2], V) + column, mask=(member < end) & inside, other=0.0)
+    some = (member < end) & inside
+    state = tl.load(_rows(first_state, member, member_steps, member_at[1], V) + column, mask=some, other=0.0)
+    g = tl.load(_rows(first_grad, member, member_steps, member_at[2], V) + column, mask=some, other=0.0)
     for _ in range(begin, end, R):
         real = member < end
         row = first_row + _offset(member, member_steps, member_at[0])
@@ -171,9 +171,9 @@ def backward_kernel(
         # The next rows are on their way while these are summed. Asked for before the gates, they would have Triton lay
         # tiles out in the gates' way, and pass them through shared memory.
         member += R
-        more = (member < end) & inside
-        next_state = tl.load(_rows(first_state, member, member_steps, member_at[1], V) + column, mask=more, other=0.0)
-        next_g = tl.load(_rows(first_grad, member, member_steps, member_at[2], V) + column, mask=more, other=0.0)
+        some = (member < end) & inside
+        next_state = tl.load(_rows(first_state, member, member_steps, member_at[1], V) + column, mask=some, other=0.0)
+        next_g = tl.load(_rows(first_grad, member, member_steps, member_at[2], V) + column, mask=some, other=0.0)
         wide = g.to(tl.float32)
         dot = tl.sum(wide * (state.to(tl.float32) - b), axis=1, keep_dims=True)
         tl.store(dots + chunk.to(tl.int64) * rows + row, dot, mask=real)

@@ -9,7 +9,7 @@ ON = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def round_to_nearest() -> None:
-    """From float32 to bfloat16, as a GPU does (test_cubins.py looks for that instruction); the interpreter truncates."""
+    """From float32 to bfloat16, as a GPU does (test_cubins.py sees that it does); the interpreter truncates."""
     import numpy as np
     import torch
     import triton.language as tl

@@ -148,7 +148,7 @@ def _mix_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Fills the gradients that are given, of which the baseline's may have to be summed from parts.
 
-    Returns the dots (chunks, rows) and the parts (parts, groups, H), or None if there is one part, which is the gradient.
+    Returns the dots (chunks, rows) and the parts (parts, groups, H); None where one part is the whole gradient.
     """
     states, grad = layout.states, layout.grad
     assert grad is not None
@@ -181,8 +181,8 @@ def _mix_backward(
         chunks,
         count,
         width // vector,
-        *_place(*layout.dims[:2], vector),
-        *_place(*layout.dims[2:], vector),
+        *_places(layout.dims[:2], vector),
+        *_places(layout.dims[2:], vector),
         *law,
         R=tile.rows,
         C=tile.columns,
@@ -248,7 +248,7 @@ class Tile(NamedTuple):
 
 
 def _tile(width: int, element_size: int, count: int, most_rows: int) -> Tile:
-    """For rows of `width` values of `element_size` bytes with `count` gates, if there are `most_rows` to take together."""
+    """For rows of `width` values of `element_size` bytes with `count` gates, of which `most_rows` go together."""
     columns = min(_power_of_2(width), WIDEST)
     rows = min(TILE_BYTES // element_size // columns, max(1, GATES_OF_A_TILE >> _bits(count)), _power_of_2(most_rows))
     work = max(rows * columns * element_size * 4 // TILE_BYTES, (rows << _bits(count)) // 128)
@@ -261,10 +261,12 @@ def _vector(width: int, tensor: Tensor, strides: list[int]) -> int:
     return math.gcd(16 // size, width, tensor.data_ptr() // size, *strides)
 
 
-def _place(outer: Dim, inner: Dim, vector: int) -> tuple[Any, Any]:
-    """How an index over both dims is taken apart, and what a step moves, in rows and vectors of states and gradient."""
-    dims = [inner] if outer.size == 1 else [outer, inner]
-    steps = (inner.size, 1)[-len(dims) :]
+def _places(dims: tuple[Dim, ...], vector: int) -> tuple[Any, Any]:
+    """How an index over two dims is taken apart, and what a step moves, in rows and vectors of states and gradient."""
+    outer, inner = dims
+    steps: tuple[int, ...] = (inner.size, 1)
+    if outer.size == 1:
+        dims, steps = (inner,), (1,)
     moves = [(dim.row, dim.states // vector, dim.grad // vector) for dim in dims]
     return steps, tuple(zip(*moves, strict=True))
 

@@ -1,4 +1,4 @@
-"""The contract of `gate_mix` on a GPU, for each backend that is made for one; the oracle is the reference in float64."""
+"""The contract of `gate_mix` on a GPU, for each backend that is made for one. The oracle: the reference in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch
 
 from diffmask_fast.ops import backends, cpu, gate_mix
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU", allow_module_level=True)
+pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # leading dims, H, K, baseline
