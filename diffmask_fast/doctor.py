@@ -40,6 +40,7 @@ def check(backend: str) -> tuple[float, int]:
     Allowed: 64 float32 rounding steps of a result of size 1. The steepest path, logit to gate, multiplies an error of
     one step by (right - left) / (4 * temperature) = 1.5 and a uniform's logit by at most 16.
     """
+    device = backends.BACKENDS[backend].device or "cpu"
     allowed = 64 * torch.finfo(torch.float32).eps
     generator = torch.Generator().manual_seed(0)
     worst, cases, end = 0.0, 0, time.monotonic() + CHECK_SECONDS
@@ -49,12 +50,12 @@ def check(backend: str) -> tuple[float, int]:
         logits = torch.randn(batch, length, gates, generator=generator) * 3
         baseline = torch.randn(width, generator=generator)
         seed = torch.randint(2**62, (2,), generator=generator)
-        got = gate_mix(states, logits, baseline, seed, backend=backend)
+        got = gate_mix(*(tensor.to(device) for tensor in (states, logits, baseline, seed)), backend=backend)
         law = (reference.TEMPERATURE, reference.LEFT, reference.RIGHT)
         expected = reference.gate_mix_forward(states.double(), logits.double(), baseline.double(), seed, *law)
         for ours, oracle in zip(got, expected, strict=True):
             scale = oracle.abs().clamp(min=1)
-            error = ((ours.double() - oracle).abs() / scale).nan_to_num(nan=math.inf)  # max() would pass over a NaN
+            error = ((ours.cpu().double() - oracle).abs() / scale).nan_to_num(nan=math.inf)  # max() would pass over a NaN
             worst = max(worst, error.max().item() / allowed)
         cases += 1
     return worst, cases

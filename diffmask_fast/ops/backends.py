@@ -25,9 +25,11 @@ class Backend(NamedTuple):
     """Device type and dtypes of the states that it takes; None: any."""
 
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = {
     "reference": Backend("diffmask_fast.ops.reference", None, None),
-    "cpu": Backend("diffmask_fast.ops.cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16)),
+    "cpu": Backend("diffmask_fast.ops.cpu", "cpu", _FLOATS),
+    "cuda": Backend("diffmask_fast.ops.cuda", "cuda", _FLOATS),
 }
 
 
@@ -68,13 +70,16 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _automatic(device: str, dtype: torch.dtype) -> str:
+    reasons = []
     for name, backend in BACKENDS.items():
         if backend.device is None or _refusal(name, device, dtype) is not None:
             continue
         reason = load(name).unavailable()
         if reason is None:
             return name
-        _warn_once(f"gate_mix runs its slow reference backend, because {name!r} can't run: {reason}")
+        reasons.append(f"{name!r} can't run: {reason}")
+    if reasons:
+        _warn_once(f"gate_mix runs its slow reference backend, because {'; '.join(reasons)}")
     return "reference"
 
 
