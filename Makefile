@@ -60,4 +60,4 @@ bench: $(VENV)/.dev ## time gate_mix against what else there is
 	$(BIN)/python bench/ops.py
 
 clean: ## remove what was built and trained, and .venv
-	rm -rf $(VENV) build dist runs *.egg-info diffmask_fast/_cpp*.so
+	rm -rf $(VENV) build dist runs *.egg-info diffmask_fast/_cpp*.so diffmask_fast/_cuda*.so

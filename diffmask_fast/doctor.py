@@ -50,12 +50,13 @@ def check(backend: str) -> tuple[float, int]:
         logits = torch.randn(batch, length, gates, generator=generator) * 3
         baseline = torch.randn(width, generator=generator)
         seed = torch.randint(2**62, (2,), generator=generator)
-        got = gate_mix(*(tensor.to(device) for tensor in (states, logits, baseline, seed)), backend=backend)
+        states, logits, baseline, seed = (tensor.to(device) for tensor in (states, logits, baseline, seed))
+        got = gate_mix(states, logits, baseline, seed, backend=backend)
         law = (reference.TEMPERATURE, reference.LEFT, reference.RIGHT)
         expected = reference.gate_mix_forward(states.double(), logits.double(), baseline.double(), seed, *law)
         for ours, oracle in zip(got, expected, strict=True):
             scale = oracle.abs().clamp(min=1)
-            error = ((ours.cpu().double() - oracle).abs() / scale).nan_to_num(nan=math.inf)  # max() would pass over a NaN
+            error = ((ours.double() - oracle).abs() / scale).nan_to_num(nan=math.inf)  # max() would pass over a NaN
             worst = max(worst, error.max().item() / allowed)
         cases += 1
     return worst, cases

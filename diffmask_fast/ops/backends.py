@@ -31,6 +31,7 @@ BACKENDS = {
     "cpu": Backend("diffmask_fast.ops.cpu", "cpu", _FLOATS),
     "cuda": Backend("diffmask_fast.ops.cuda", "cuda", _FLOATS),
 }
+"""Of those for one device, auto prefers the one that stands first."""
 
 
 def available() -> dict[str, str | None]:
@@ -71,16 +72,19 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _automatic(device: str, dtype: torch.dtype) -> str:
     reasons = []
+    chosen = "reference"
     for name, backend in BACKENDS.items():
-        if backend.device is None or _refusal(name, device, dtype) is not None:
+        if backend.device != device or _refusal(name, device, dtype) is not None:
             continue
         reason = load(name).unavailable()
         if reason is None:
-            return name
+            chosen = name
+            break
         reasons.append(f"{name!r} can't run: {reason}")
     if reasons:
-        _warn_once(f"gate_mix runs its slow reference backend, because {'; '.join(reasons)}")
-    return "reference"
+        slow = "slow " if chosen == "reference" else ""
+        _warn_once(f"gate_mix runs its {slow}{chosen} backend, because {'; '.join(reasons)}")
+    return chosen
 
 
 def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from diffmask_fast.ops import backends, cpu, gate_mix
+from diffmask_fast.ops import backends, cpu, cuda, gate_mix
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 
@@ -24,8 +24,11 @@ def no_environment(monkeypatch):
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
 
 
-def test_every_backend_works_here():
-    assert backends.available() == {"reference": None, "cpu": None}
+def test_every_backend_works_here_or_says_why_not():
+    reasons = backends.available()
+    assert reasons["reference"] is None and reasons["cpu"] is None
+    if not torch.cuda.is_available():
+        assert "no CUDA GPU" in reasons["cuda"]
 
 
 def test_auto_takes_the_cpp_backend_for_what_it_can_run_and_the_reference_for_the_rest():
@@ -72,9 +75,31 @@ def test_a_library_that_does_not_load_is_a_reason_and_no_error(tmp_path, monkeyp
     assert "without its C++ library" in cpu.unavailable.__wrapped__()
 
 
-def test_an_old_torch_is_a_reason(monkeypatch):
+@pytest.mark.parametrize("backend", [cpu, cuda])
+def test_an_old_torch_is_a_reason(monkeypatch, backend):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    assert "2.10" in cpu.unavailable.__wrapped__()
+    assert "2.10" in backend.unavailable.__wrapped__()
+
+
+def test_a_cuda_library_that_is_not_there_or_does_not_load_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "ops").mkdir()
+    monkeypatch.setattr(cuda, "__file__", str(tmp_path / "ops" / "cuda.py"))
+    assert "without its CUDA library" in cuda.unavailable.__wrapped__()
+    (tmp_path / "_cuda.abi3.so").write_bytes(b"not a library")
+    assert "could not be loaded" in cuda.unavailable.__wrapped__()
+
+
+def test_auto_on_a_gpu_takes_cuda_or_says_once_why_not(monkeypatch):
+    backends._warn_once.cache_clear()
+    for name, backend in backends.BACKENDS.items():
+        if backend.device == "cuda":
+            monkeypatch.setattr(backends.load(name), "unavailable", lambda: "no driver")
+    with pytest.warns(RuntimeWarning, match="slow reference backend, because 'cuda' can't run: no driver"):
+        assert backends.choose("auto", "cuda", FLOAT) == "reference"
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    assert backends.choose("auto", "cuda", FLOAT) == "cuda"
+    assert backends.choose("auto", "cuda", DOUBLE) == "reference"
 
 
 def test_importing_the_ops_brings_in_nothing_but_torch():
