@@ -32,7 +32,7 @@ CPP_FLAGS = [
     "-ffp-contract=off",
 ]
 CUDA_SOURCES = ["csrc/library_cuda.cpp", "csrc/gate_mix_cuda.cu"]
-CUDA_HEADERS = ["csrc/gate_math.h", "csrc/gate_mix_cuda.h", "csrc/half_types.h"]
+CUDA_HEADERS = ["csrc/gate_math.h", "csrc/gate_mix_cuda.h", "csrc/gate_mix_cuda.cuh", "csrc/half_types.h"]
 # Without fused multiply-adds a GPU gives the same bits too.
 CUDA_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared", "-cudart=shared"]
 # Code for these GPUs and, for newer ones, what their driver can compile. 10.0 is left out where nvcc is too old for it.

@@ -41,6 +41,10 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 inline dim3 blockIdx, blockDim, gridDim;
 
 extern "C" unsigned char __start_cuda_shared[], __stop_cuda_shared[];
@@ -193,7 +197,8 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
   return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % cuda_host::LANES) ^ distance);
 }
 
-inline void __stcg(uint4* to, uint4 value) {
+template <typename T>
+void __stcg(T* to, T value) {
   *to = value;
 }
 

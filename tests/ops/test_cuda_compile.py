@@ -81,7 +81,7 @@ def test_no_multiply_is_fused_with_an_add_and_no_division_is_approximate(tmp_pat
     ptx = tmp_path / "gate_mix.ptx"
     nvcc("-arch=sm_90", "-ptx", str(ROOT / "csrc/gate_mix_cuda.cu"), "-o", str(ptx))
     text = ptx.read_text()
-    assert "mul.f32" in text and "div.rn.f32" in text
+    assert "mul.rn.f32" in text and "div.rn.f32" in text
     assert not re.findall(r"\bfma\.\S+|\bdiv\.(?:approx|full)\S*|\S+\.ftz\S*", text)
 
 
