@@ -62,4 +62,4 @@ bench: $(VENV)/.dev ## time gate_mix and probe_logits against what else there is
 	$(BIN)/python bench/probe.py
 
 clean: ## remove what was built and trained, and .venv
-	rm -rf $(VENV) build dist runs *.egg-info diffmask_fast/_cpp*.so
+	rm -rf $(VENV) build dist runs *.egg-info diffmask_fast/_cpp*.so diffmask_fast/_cuda*.so

@@ -1,9 +1,11 @@
 // The scalar math of the gate: Philox, exp and log, the Hard Concrete and its derivatives.
 //
 // Everything is branch-free float32 without library calls, so that a compiler can vectorise a loop around it, and
-// without fused multiply-adds (-ffp-contract=off), so that every instruction set gives the same bits.
+// without fused multiply-adds (-ffp-contract=off, for nvcc -fmad=false), so that every instruction set and a GPU give
+// the same bits.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -24,6 +26,12 @@ struct Law {
   float width;  // right - left
   float shift;  // temperature * log(-left / right): log P(z != 0) = logsigmoid(logit - shift)
 };
+
+inline Law law_of(double temperature, double left, double right) {
+  return {
+      static_cast<float>(temperature), static_cast<float>(left), static_cast<float>(right - left),
+      static_cast<float>(temperature * std::log(-left / right))};
+}
 
 GATE_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
@@ -56,6 +64,15 @@ GATE_INLINE void philox(uint32_t k0, uint32_t k1, uint32_t& c0, uint32_t& c1, ui
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
+}
+
+// The word of one element of the stream.
+GATE_INLINE uint32_t stream_word(uint64_t seed, uint64_t offset, uint64_t element) {
+  const uint64_t counter = offset + element / 4;
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2, c3;
+  philox(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), c0, c1, c2, c3);
+  const uint32_t even = element & 2 ? c2 : c0, odd = element & 2 ? c3 : c1;
+  return element & 1 ? odd : even;
 }
 
 // ---- exp and log

@@ -1,4 +1,5 @@
-// bfloat16 and float16 to float32 and back, rounding to nearest even, by integer steps that vectorise everywhere.
+// bfloat16 and float16 to float32 and back, rounding to nearest even: by integer steps that vectorise everywhere, and on
+// a GPU by its own instructions.
 #pragma once
 
 #include "gate_math.h"
@@ -16,15 +17,26 @@ struct BFloat16 {
   using Storage = uint16_t;
   static GATE_INLINE float load(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
   static GATE_INLINE uint16_t store(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint16_t half;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(x));
+    return half;
+#else
     const uint32_t bits = bits_of(x);
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+#endif
   }
 };
 
 struct Float16 {
   using Storage = uint16_t;
   static GATE_INLINE float load(uint16_t x) {
+#if defined(__CUDA_ARCH__)
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
+    return wide;
+#else
     const uint32_t sign = (static_cast<uint32_t>(x) & 0x8000u) << 16;
     const uint32_t magnitude = (static_cast<uint32_t>(x) & 0x7FFFu) << 13;
     const uint32_t normal = magnitude + (112u << 23);
@@ -33,8 +45,14 @@ struct Float16 {
     const uint32_t special = magnitude | 0x7F800000u;
     const uint32_t finite = magnitude < (1u << 23) ? subnormal : normal;
     return float_of(sign | (magnitude >= (31u << 23) ? special : finite));
+#endif
   }
   static GATE_INLINE uint16_t store(float x) {
+#if defined(__CUDA_ARCH__)
+    uint16_t half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+    return half;
+#else
     const uint32_t bits = bits_of(x);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -45,6 +63,7 @@ struct Float16 {
     const uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
     // 65520 is the smallest number that rounds to infinity.
     return static_cast<uint16_t>(sign | (magnitude >= 0x477FF000u ? special : finite));
+#endif
   }
 };
 

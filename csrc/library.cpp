@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -131,10 +130,7 @@ const float* floats_or_null(const std::optional<Tensor>& tensor) {
 Gates gates_of(const Tensor& seed, const Tensor& logits, double temperature, double left, double right) {
   const auto* stream = static_cast<const int64_t*>(seed.const_data_ptr());
   Gates gates;
-  gates.law.temperature = static_cast<float>(temperature);
-  gates.law.left = static_cast<float>(left);
-  gates.law.width = static_cast<float>(right - left);
-  gates.law.shift = static_cast<float>(temperature * std::log(-left / right));
+  gates.law = law_of(temperature, left, right);
   gates.seed = static_cast<uint64_t>(stream[0]);
   gates.offset = static_cast<uint64_t>(stream[1]);
   gates.count = logits.size(logits.dim() - 1);

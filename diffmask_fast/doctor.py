@@ -40,6 +40,7 @@ def check(backend: str) -> tuple[float, int]:
     Allowed: 64 float32 rounding steps of a result of size 1. The steepest path, logit to gate, multiplies an error of
     one step by (right - left) / (4 * temperature) = 1.5 and a uniform's logit by at most 16.
     """
+    device = backends.BACKENDS[backend].device or "cpu"
     allowed = 64 * torch.finfo(torch.float32).eps
     device = backends.BACKENDS[backend].device or "cpu"
     if not torch.cuda.is_available():  # where Triton's kernels are interpreted

@@ -38,6 +38,7 @@ BACKENDS = {
     "cpu": Backend(
         "cpu", _FLOATS, {"gate_mix": "diffmask_fast.ops.cpu", "probe_logits": "diffmask_fast.ops.probe_cpu"}
     ),
+    "cuda": Backend("cuda", _FLOATS, {"gate_mix": "diffmask_fast.ops.cuda"}),
     "triton": Backend(
         "cuda", _FLOATS, {"gate_mix": "diffmask_fast.ops.triton", "probe_logits": "diffmask_fast.ops.probe_triton"}
     ),

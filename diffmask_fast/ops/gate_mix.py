@@ -49,7 +49,7 @@ def gate_mix(
         temperature, left, right: of the Hard Concrete; temperature > 0, left < 0, right >= 1.
         generator: where the seed is drawn from, if not PyTorch's global generator. Activation checkpointing
             replays the global one only: inside a checkpointed function, give ``seed`` or neither.
-        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"`` (see ``backends``).
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"`` (see ``backends``).
 
     Returns:
         ``GateMix(mixed, gates, log_open)``: ``mixed`` contiguous, in the states' dtype; ``gates`` the running

@@ -45,6 +45,10 @@ class Layout(NamedTuple):
     def members(self) -> int:
         return self.dims[2].size * self.dims[3].size
 
+    @property
+    def rows(self) -> int:
+        return self.groups * self.members
+
     def numbers(self) -> list[int]:
         """All of `dims` in a row: size, row, states, grad of the first, and so on."""
         return [number for dim in self.dims for number in dim]

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from diffmask_fast.ops import backends, cpu, gate_mix, triton
+from diffmask_fast.ops import backends, cpu, cuda, gate_mix, triton
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 
@@ -28,6 +28,8 @@ def no_environment(monkeypatch):
 def test_every_backend_works_here_or_says_why_not():
     reasons = backends.available()
     assert reasons["reference"] is None and reasons["cpu"] is None
+    if not torch.cuda.is_available():
+        assert "no CUDA GPU" in reasons["cuda"]
     if not torch.cuda.is_available() and not triton.interpreting():
         assert "finds no GPU" in reasons["triton"] or "not installed" in reasons["triton"]
 
@@ -67,13 +69,19 @@ def test_auto_falls_back_to_the_reference_and_says_so_once(broken_cpu):
     assert len(warned) == 1
 
 
-def test_auto_on_a_gpu_takes_triton_or_says_once_why_not(monkeypatch):
+def test_auto_on_a_gpu_takes_cuda_then_triton_or_says_once_why_not(monkeypatch):
     backends._warn_once.cache_clear()
+    monkeypatch.setattr(cuda, "unavailable", lambda: "no nvcc")
     monkeypatch.setattr(triton, "unavailable", lambda: "no driver")
-    with pytest.warns(RuntimeWarning, match="slow reference backend, because 'triton' can't run: no driver"):
+    with pytest.warns(
+        RuntimeWarning, match="slow reference .* 'cuda' can't run: no nvcc; 'triton' can't run: no driver"
+    ):
         assert backends.choose("auto", "cuda", FLOAT) == "reference"
     monkeypatch.setattr(triton, "unavailable", lambda: None)
-    assert backends.choose("auto", "cuda", FLOAT) == "triton"
+    with pytest.warns(RuntimeWarning, match="gate_mix runs its triton backend, because 'cuda' can't run: no nvcc"):
+        assert backends.choose("auto", "cuda", FLOAT) == "triton"
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    assert backends.choose("auto", "cuda", FLOAT) == "cuda"
     assert backends.choose("auto", "cuda", DOUBLE) == "reference"
 
 
@@ -105,9 +113,19 @@ def test_a_library_that_does_not_load_is_a_reason_and_no_error(tmp_path, monkeyp
     assert "without its C++ library" in cpu.unavailable.__wrapped__()
 
 
-def test_an_old_torch_is_a_reason(monkeypatch):
+@pytest.mark.parametrize("backend", [cpu, cuda])
+def test_an_old_torch_is_a_reason(monkeypatch, backend):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    assert "2.10" in cpu.unavailable.__wrapped__()
+    assert "2.10" in backend.unavailable.__wrapped__()
+
+
+def test_a_cuda_library_that_is_not_there_or_does_not_load_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "ops").mkdir()
+    monkeypatch.setattr(cuda, "__file__", str(tmp_path / "ops" / "cuda.py"))
+    assert "without its CUDA library" in cuda.unavailable.__wrapped__()
+    (tmp_path / "_cuda.abi3.so").write_bytes(b"not a library")
+    assert "could not be loaded" in cuda.unavailable.__wrapped__()
 
 
 def test_importing_the_ops_brings_in_nothing_but_torch():
