@@ -49,7 +49,7 @@ test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.done ## lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/ops/test_gate_mix.py tests/ops/test_torch_features.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/ops -k "kernels or triton"
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest tests/sites
 
 # Slow: half an hour. MODEL, TRAIN and EVAL are a question-answering model and SQuAD files.
