@@ -36,7 +36,7 @@ RUN = """
 import sys, pytest
 from diffmask_fast.ops import cpu
 cpu.__file__ = sys.argv[1]
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
+sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 
 
