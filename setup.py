@@ -125,21 +125,19 @@ def architecture_flags(asked: str | None, version: tuple[int, int]) -> list[str]
 class Build(build_ext):
     """Leaves out a library that can't be built, and says so, rather than fail: the reference backend needs none."""
 
-    def run(self) -> None:
-        wanted, self.extensions = self.extensions, []
-        said = []
-        for extension in wanted:
+    def build_extensions(self) -> None:
+        built, said = [], []
+        for extension in self.extensions:
             name = "CUDA" if extension.name == CUDA else "C++"
             try:
                 configure(extension)
-                self.extensions = [extension]
-                super().run()
+                self.build_extension(extension)
+                built.append(extension)
                 said.append(f"built with the {name} library")
             except Exception as error:
-                wanted = [other for other in wanted if other is not extension]
                 self.remove_stale(extension)
                 said.append(f"built without the {name} library: {str(error).strip() or type(error).__name__}")
-        self.extensions = wanted
+        self.extensions = built
         print(f"diffmask_fast: {'; '.join(said)}", file=sys.stderr, flush=True)
 
     def build_extension(self, extension: Extension) -> None:

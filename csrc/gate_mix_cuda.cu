@@ -215,7 +215,6 @@ __global__ void __launch_bounds__(THREADS, 4) mix_backward(const Backward b) {
       for (int w = 1; w < WARPS; ++w) dot += tile.dots[w][thread];
       b.arrays.dots[blockIdx.y * b.layout.rows() + tile.places[thread].row] = dot;
     }
-    __syncthreads();
   }
   if (b.sums == nullptr) return;
 #pragma unroll

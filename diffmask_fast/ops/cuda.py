@@ -41,15 +41,15 @@ def unavailable() -> str | None:
     try:
         torch.ops.load_library(str(paths[0]))
     except OSError as error:
-        return f"{paths[0].name} could not be loaded: {error}"
-    code = torch.ops.diffmask_fast.gate_mix_cuda_error()
-    if code == _NO_KERNEL_IMAGE:
+        return f"{paths[0].name} could not be loaded: {error.__cause__ or error}"
+    number = torch.ops.diffmask_fast.gate_mix_cuda_error()
+    if number == _NO_KERNEL_IMAGE:
         architecture = "{}.{}".format(*torch.cuda.get_device_capability())
         return (
             f"{paths[0].name} was built for other GPUs than this one; to build it for this one, install it again "
             f"with TORCH_CUDA_ARCH_LIST={architecture}"
         )
-    return None if code == 0 else f"CUDA error {code} where its kernels are looked for"
+    return None if number == 0 else f"CUDA error {number} where its kernels are looked for"
 
 
 def gate_mix_forward(
