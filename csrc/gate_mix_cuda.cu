@@ -1,9 +1,9 @@
 // The kernels of the CUDA backend and their launchers.
 //
 // Nothing is added by atomics and the shape of the work follows from the shapes of the tensors alone, so that the same
-// input gives the same bits on every GPU. Running gates, log_open, mixed and the gradient of the states have the bits of
-// the C++ backend too. A row's dot product and a baseline shared by many rows are summed in another order than there, and
-// the dot products of rows that don't lie at multiples of 16 bytes in another order than of those that do.
+// input gives the same bits on every GPU. Running gates, log_open, mixed and the gradient of the states have the bits
+// of the C++ backend too. A row's dot product and a baseline shared by many rows are summed in another order than
+// there, and the dot products of rows that don't lie at multiples of 16 bytes in another order than of those that do.
 //
 // A logit that is not finite can't be reported without waiting for the device: its row becomes NaN, and its gradients.
 #include "gate_mix_cuda.h"
@@ -127,7 +127,7 @@ struct Ahead {
   typename A::Values grad[A::PARTS], states[A::PARTS];
 };
 
-// A block has a chunk of columns of some members of one group. Each thread owns columns, so their sums need no one else.
+// A block has a chunk of columns of some members of one group. Each thread owns columns and adds them up by itself.
 template <typename A>
 __global__ void __launch_bounds__(THREADS, 4) mix_backward(const Backward b) {
   __shared__ Tile tile;
@@ -357,10 +357,11 @@ int64_t value_bytes(DeviceDtype dtype) {
 }
 
 // The instantiations: KERNEL<Access<dtype, wide>>.
-#define FOR_ACCESS(KERNEL, dtype, wide) \
-  ((dtype) == DeviceDtype::float32      ? ((wide) ? KERNEL<Access<Float32, true>> : KERNEL<Access<Float32, false>>)     \
-       : (dtype) == DeviceDtype::bfloat16 ? ((wide) ? KERNEL<Access<BFloat16, true>> : KERNEL<Access<BFloat16, false>>) \
-                                          : ((wide) ? KERNEL<Access<Float16, true>> : KERNEL<Access<Float16, false>>))
+#define FOR_DTYPE(KERNEL, dtype, wide)                                     \
+  ((dtype) == DeviceDtype::float32        ? KERNEL<Access<Float32, wide>>  \
+       : (dtype) == DeviceDtype::bfloat16 ? KERNEL<Access<BFloat16, wide>> \
+                                          : KERNEL<Access<Float16, wide>>)
+#define FOR_ACCESS(KERNEL, dtype, wide) ((wide) ? FOR_DTYPE(KERNEL, dtype, true) : FOR_DTYPE(KERNEL, dtype, false))
 
 }  // namespace
 

@@ -50,8 +50,8 @@ struct Access {
   static __device__ __forceinline__ Values load(const void* row, int64_t column) {
     return *reinterpret_cast<const Values*>(static_cast<const Storage*>(row) + column);
   }
-  // By __stcg: a plain store behind a branch nvcc may take apart, or make a generic one. Stores skip the first-level cache
-  // in any case.
+  // By __stcg: a plain store behind a branch nvcc may take apart, or make a generic one. Stores skip the first-level
+  // cache in any case.
   static __device__ __forceinline__ void store(void* row, int64_t column, const Values& values) {
     auto* to = static_cast<Storage*>(row) + column;
     const auto& words = values.words;
@@ -111,8 +111,8 @@ __device__ __forceinline__ void move_along(Place& place, int64_t index, const De
 
 // ---- gates
 
-// The gate of an element (its row-major index), from the contract of diffmask_fast/ops/philox.py. The lanes of a warp run
-// in step, so each draws its own call: sharing one among the four elements that it serves would spare no instruction.
+// The gate of an element (its row-major index), from the contract of diffmask_fast/ops/philox.py. The lanes of a warp
+// run in step, so each draws its own call: sharing one among the four elements it serves would spare no instruction.
 __device__ __forceinline__ Sample draw_gate(const DeviceGates& gates, int64_t element, float logit) {
   const uint64_t seed = static_cast<uint64_t>(gates.seed[0]);
   const uint32_t word = stream_word(seed, static_cast<uint64_t>(gates.seed[1]), static_cast<uint64_t>(element));

@@ -1,5 +1,5 @@
-// bfloat16 and float16 to float32 and back, rounding to nearest even: by integer steps that vectorise everywhere, and on
-// a GPU by its own instructions.
+// bfloat16 and float16 to float32 and back, rounding to nearest even: by integer steps that vectorise everywhere, and
+// on a GPU by its own instructions.
 #pragma once
 
 #include "gate_math.h"

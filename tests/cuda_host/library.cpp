@@ -1,4 +1,4 @@
-// csrc/library_cuda.cpp for tensors of the CPU, with the kernels run on the host, and the stream of uniforms as a kernel.
+// csrc/library_cuda.cpp for tensors of the CPU, with the kernels run on the host, and the stream's words as a kernel.
 #define USE_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
