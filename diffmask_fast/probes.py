@@ -46,10 +46,7 @@ class GateHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, T, features) -> logits (B, T)."""
-        logits = self.outer(torch.tanh(self.inner(features))).squeeze(-1)
-        if self.bound is not None:
-            logits = self.bound * torch.tanh(logits)
-        return logits + self.bias
+        return probe_logits([features], [self.parts()], bound=self.bound).squeeze(-1)
 
     def parts(self) -> Head:
         """The parameters as `probe_logits` takes them."""

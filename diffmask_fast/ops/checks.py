@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffmask_fast.ops.probe_reference import Head
+
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -142,12 +144,14 @@ def check_probe_logits(
             )
         if state.numel() == 0:
             raise ValueError(f"{name} has shape {_shape(state)}, which is empty: leave empty batches out")
+    for i, head in enumerate(heads):
+        if not isinstance(head, tuple) or len(head) != len(Head._fields):
+            raise TypeError(f"heads[{i}] is a {type(head).__name__}, expected a Head({', '.join(Head._fields)})")
     width, dtype = heads[0][2].shape[0] if heads[0][2].dim() else 0, heads[0][0].dtype
     for i, (state, head) in enumerate(zip(states, heads, strict=True)):
         reads = state.shape[-1] + (first.shape[-1] if first is not None else 0)
         shapes = ((width, 1), (width, reads), (width,), (1, 1), (1, width), ())
-        fields = ("magnitude", "direction", "bias", "outer_magnitude", "outer_direction", "offset")
-        for field, weight, shape in zip(fields, head, shapes, strict=True):
+        for field, weight, shape in zip(Head._fields, head, shapes, strict=True):
             name = f"heads[{i}].{field}"
             _check_tensor(name, weight, states[0])
             if weight.shape != shape or width == 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffmask_fast.ops.checks import non_finite_error
+from diffmask_fast.ops.layout import unit_stride
 
 _OLDEST_TORCH = (2, 10)
 
@@ -40,7 +41,7 @@ def gate_mix_forward(
     left: float,
     right: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    states, gate_logits = _unit_stride(states), _plain(logits)
+    states, gate_logits = unit_stride(states), _plain(logits)
     mixed = torch.empty(states.shape, dtype=states.dtype)
     gates, log_open = torch.empty_like(gate_logits), torch.empty_like(gate_logits)
     bad = torch.ops.diffmask_fast.gate_mix_forward_cpu(
@@ -81,10 +82,10 @@ def gate_mix_backward(
     grad_baseline = new(baseline.shape if need_baseline else (0,), dtype=torch.float32)
     grad_logits = torch.empty_like(gate_logits)
     torch.ops.diffmask_fast.gate_mix_backward_cpu(
-        None if grad_mixed is None else _unit_stride(grad_mixed.to(states.dtype)),
+        None if grad_mixed is None else unit_stride(grad_mixed.to(states.dtype)),
         None if grad_gates is None else _plain(grad_gates),
         None if grad_log_open is None else _plain(grad_log_open),
-        _unit_stride(states),
+        unit_stride(states),
         gate_logits,
         _plain(baseline),
         seed.contiguous(),
@@ -100,8 +101,3 @@ def gate_mix_backward(
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
-
-
-def _unit_stride(tensor: Tensor) -> Tensor:
-    # not .contiguous(), which returns a last dim of size 1 as it is, whatever its stride
-    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffmask_fast.ops.layout import Layout, plan
+from diffmask_fast.ops.layout import Layout, ceil_divide, plan
 
 _OLDEST_TORCH = (2, 10)
 _NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
@@ -103,7 +103,7 @@ def gate_mix_backward(
     grad_baseline = _new(layout.baseline, layout.baseline.shape if need_baseline else (0,), with_mixed)
     grad_logits = torch.empty_like(gate_logits)
     members = part_members(layout)
-    parts, chunks = _ceil_divide(layout.members, members), _ceil_divide(states.shape[-1], CHUNK_COLUMNS)
+    parts, chunks = ceil_divide(layout.members, members), ceil_divide(states.shape[-1], CHUNK_COLUMNS)
     with_parts = with_mixed and need_baseline and parts > 1
     torch.ops.diffmask_fast.gate_mix_backward_cuda(
         layout.grad,
@@ -131,7 +131,7 @@ def gate_mix_backward(
 
 def part_members(layout: Layout) -> int:
     """How many of the rows that share a baseline one block of the first backward kernel adds up."""
-    return max(SHORTEST_PART, _ceil_divide(layout.rows, BLOCKS))
+    return max(SHORTEST_PART, ceil_divide(layout.rows, BLOCKS))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -142,7 +142,3 @@ def _new(like: Tensor, shape: tuple[int, ...], filled: bool) -> Tensor:
     """Without a gradient of mixed nothing is written to the gradients of states and baseline: they are zero."""
     make = torch.empty if filled else torch.zeros
     return make(shape, dtype=like.dtype, device=like.device)
-
-
-def _ceil_divide(a: int, b: int) -> int:
-    return -(-a // b)

@@ -78,6 +78,15 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
+def flat_rows(state: Tensor) -> Tensor:
+    """(..., H) as (R, H), the last stride 1."""
+    return unit_stride(state.reshape(-1, state.shape[-1]))
+
+
+def ceil_divide(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _dims(states: Tensor, baseline: Tensor, grad: Tensor | None) -> tuple[Dim, ...] | None:
     shape = states.shape[:-1]
     shared = _shared(states, baseline)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from diffmask_fast.ops import cpu
+from diffmask_fast.ops.layout import flat_rows
 from diffmask_fast.ops.probe_reference import grad_of_raw, heads_of
 
 CHUNK_ROWS = 4096  # a chunk's hidden values, 256 wide, are 4 MiB
@@ -30,7 +31,7 @@ class First:
     """The rows of the state at the first site: the distinct ones, and where each of them stands."""
 
     def __init__(self, first: Tensor) -> None:
-        rows = _rows(first)
+        rows = flat_rows(first)
         index = torch.empty(len(rows), dtype=torch.int64)
         places = torch.empty_like(index)
         distinct = _ops.probe_distinct_rows_cpu(rows, index, places)
@@ -64,7 +65,7 @@ def probe_logits_forward(
         if left is not None:
             assert known is not None
             torch.mm(known.rows, head.direction[:, :split].T, out=left)
-        read = _rows(state)
+        read = flat_rows(state)
         for chunk in _chunks(rows):
             out = hidden[i, chunk] if scratch is None else scratch[: chunk.stop - chunk.start]
             torch.mm(read[chunk].float(), head.direction[:, split:].T, out=out)
@@ -109,7 +110,7 @@ def probe_logits_backward(
         grad_state = torch.empty(rows, state.shape[-1]) if need_states else None
         if gathered is not None:
             gathered.zero_()
-        read = _rows(state)
+        read = flat_rows(state)
         for chunk in _chunks(rows):
             part = inside[: chunk.stop - chunk.start]
             _ops.probe_epilogue_backward_cpu(grads_raw[i, chunk], hidden[i, chunk], outer, part, sums)
@@ -160,9 +161,3 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor, chunk: slice) -> None:
 def _chunks(rows: int) -> Iterator[slice]:
     for begin in range(0, rows, CHUNK_ROWS):
         yield slice(begin, min(rows, begin + CHUNK_ROWS))
-
-
-def _rows(state: Tensor) -> Tensor:
-    """(R, H), the last stride 1."""
-    rows = state.reshape(-1, state.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.clone(memory_format=torch.contiguous_format)

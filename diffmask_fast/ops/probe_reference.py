@@ -45,8 +45,16 @@ def probe_dtype(weight: Tensor) -> torch.dtype:
 
 def head_logits(features: Tensor, head: Head, bound: float | None) -> Tensor:
     """The whole of it: features (R, F) to gate logits (R,)."""
+    return _bounded(_hidden_and_raw(features, head)[1], head, bound)
+
+
+def _hidden_and_raw(features: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """The hidden values (R, W), and the logits (R,) before bound and offset."""
     hidden = torch.tanh(features @ normalised(head.magnitude, head.direction).T + head.bias)
-    raw = hidden @ normalised(head.outer_magnitude, head.outer_direction)[0]
+    return hidden, hidden @ normalised(head.outer_magnitude, head.outer_direction)[0]
+
+
+def _bounded(raw: Tensor, head: Head, bound: float | None) -> Tensor:
     return (raw if bound is None else bound * torch.tanh(raw)) + head.offset
 
 
@@ -69,10 +77,8 @@ def probe_logits_forward(
     dtype = probe_dtype(weights[0])
     logits, raws, hiddens = [], [], []
     for state, head in zip(states, heads_of([weight.to(dtype) for weight in weights]), strict=True):
-        features = _features(first, state, dtype)
-        hidden = torch.tanh(features @ normalised(head.magnitude, head.direction).T + head.bias)
-        raw = hidden @ normalised(head.outer_magnitude, head.outer_direction)[0]
-        logits.append((raw if bound is None else bound * torch.tanh(raw)) + head.offset)
+        hidden, raw = _hidden_and_raw(_features(first, state, dtype), head)
+        logits.append(_bounded(raw, head, bound))
         raws.append(raw)
         hiddens.append(hidden if save else hidden.new_empty(0))
     leading = states[0].shape[:-1]
@@ -97,30 +103,14 @@ def probe_logits_backward(
     """
     dtype = probe_dtype(weights[0])
     grads_raw = grad_of_raw(grad.to(dtype), raw, bound)
+    heads = heads_of([weight.to(dtype) for weight in weights])
     grad_weights: list[Tensor] = []
-    grad_states: list[Tensor] = []
-    grad_first = torch.zeros(0, dtype=dtype, device=raw.device)
-    split = 0 if first is None else first.shape[-1]
-    for i, (state, head) in enumerate(zip(states, heads_of([weight.to(dtype) for weight in weights]), strict=True)):
-        outer = normalised(head.outer_magnitude, head.outer_direction)
-        inside = grads_raw[i][:, None] * outer * (1 - hidden[i] ** 2)  # before tanh: (R, W)
+    for i, (state, head) in enumerate(zip(states, heads, strict=True)):
+        inside = _grad_before_tanh(grads_raw[i], hidden[i], head)
         inner_grads = _grad_of_norm(inside.T @ _features(first, state, dtype), head.magnitude, head.direction)
         outer_grads = _grad_of_norm((grads_raw[i] @ hidden[i])[None], head.outer_magnitude, head.outer_direction)
         grad_weights += [*inner_grads, inside.sum(0), *outer_grads, grad[..., i].to(dtype).sum()]
-        if need_first or need_states:
-            grad_features = inside @ normalised(head.magnitude, head.direction)
-            if need_states:
-                grad_states.append(grad_features[:, split:].reshape(state.shape).to(state.dtype).contiguous())
-            if need_first:
-                left = grad_features[:, :split]
-                grad_first = left.clone() if i == 0 else grad_first + left
-    if not need_states:
-        grad_states = [state.new_empty(0) for state in states]
-    if need_first:
-        assert first is not None
-        grad_first = grad_first.reshape(first.shape).to(first.dtype)
-    else:
-        grad_first = states[0].new_empty(0)
+    grad_first, grad_states = grads_of_states(grads_raw, first, states, heads, hidden, need_first, need_states)
     return grad_first, grad_states, [g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True)]
 
 
@@ -132,6 +122,38 @@ def grad_of_raw(grad: Tensor, raw: Tensor, bound: float | None) -> Tensor:
     """(K, R): from the gradient of the logits (..., K) to that of the logits before bound and offset."""
     rows = grad.reshape(-1, raw.shape[0]).T.to(raw.dtype).contiguous()
     return rows if bound is None else rows * (bound * (1 - torch.tanh(raw) ** 2))
+
+
+def grads_of_states(
+    grads_raw: Tensor,
+    first: Tensor | None,
+    states: Sequence[Tensor],
+    heads: Sequence[Head],
+    hidden: Tensor,
+    need_first: bool,
+    need_states: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of first and states, empty where not needed, from that of the logits before the bound (K, R)."""
+    grad_first, grad_states = states[0].new_empty(0), [state.new_empty(0) for state in states]
+    split = 0 if first is None else first.shape[-1]
+    left = hidden.new_zeros(hidden.shape[1] if need_first else 0, split)
+    for i, (state, head) in enumerate(zip(states, heads, strict=True)):
+        if need_first or need_states:
+            weight = normalised(head.magnitude, head.direction)
+            inside = _grad_before_tanh(grads_raw[i], hidden[i], head)
+            if need_states:
+                grad_states[i] = (inside @ weight[:, split:]).to(state.dtype).view(state.shape)
+            if need_first:
+                left.addmm_(inside, weight[:, :split])
+    if need_first:
+        assert first is not None
+        grad_first = left.to(first.dtype).view(first.shape)
+    return grad_first, grad_states
+
+
+def _grad_before_tanh(grad_raw: Tensor, hidden: Tensor, head: Head) -> Tensor:
+    """(R, W)"""
+    return grad_raw[:, None] * normalised(head.outer_magnitude, head.outer_direction) * (1 - hidden**2)
 
 
 def _features(first: Tensor | None, state: Tensor, dtype: torch.dtype) -> Tensor:

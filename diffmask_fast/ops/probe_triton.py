@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diffmask_fast.ops import triton
-from diffmask_fast.ops.probe_reference import grad_of_raw, heads_of
+from diffmask_fast.ops.layout import ceil_divide, flat_rows
+from diffmask_fast.ops.probe_reference import grad_of_raw, grads_of_states, heads_of
 
 # Products in three tf32 parts are as exact as in float32, and several times faster on tensor cores.
 PRECISION = "tf32x3"
@@ -44,12 +45,12 @@ def probe_logits_forward(
     raw = torch.empty(sites.sites, sites.count, device=device)
     hidden = torch.empty((sites.sites, sites.count, sites.width) if save else (0,), device=device)
     scale = torch.empty(sites.sites, sites.width, device=device)
-    kernels.probe_norms[(sites.sites, _blocks(sites.width, NORM_BLOCKS["BLOCK_W"]))](
+    kernels.probe_norms[(sites.sites, ceil_divide(sites.width, NORM_BLOCKS["BLOCK_W"]))](
         table, scale, sites.first_size, sites.width, **NORM_BLOCKS, num_warps=NORM_WARPS
     )
     many = sites.sites * sites.count >= FORWARD_BLOCKS["BLOCK_M"] * _processors(device)
     blocks = FORWARD_BLOCKS if many else FEW_ROWS_BLOCKS
-    kernels.probe_forward[(_blocks(sites.count, blocks["BLOCK_M"]), sites.sites)](
+    kernels.probe_forward[(ceil_divide(sites.count, blocks["BLOCK_M"]), sites.sites)](
         table, scale, *sites.first, logits, raw, hidden, *sites.numbers(bound),
         SAVE=save, **sites.constants(bound), **blocks, num_warps=WARPS,
     )  # fmt: skip
@@ -74,8 +75,8 @@ def probe_logits_backward(
     table = sites.table(grads)
     products = torch.empty(sites.sites, sites.width, device=grad.device)
     blocks = BACKWARD_BLOCKS
-    columns = _blocks(sites.first_size, blocks["BLOCK_H"]) + _blocks(max(sites.sizes), blocks["BLOCK_H"])
-    kernels.probe_backward[(columns, _blocks(sites.width, blocks["BLOCK_W"]), sites.sites)](
+    columns = ceil_divide(sites.first_size, blocks["BLOCK_H"]) + ceil_divide(max(sites.sizes), blocks["BLOCK_H"])
+    kernels.probe_backward[(columns, ceil_divide(sites.width, blocks["BLOCK_W"]), sites.sites)](
         table, *sites.first, grad.float().contiguous(), raw, hidden, products, *sites.numbers(bound),
         **sites.constants(bound), **blocks, num_warps=WARPS,
     )  # fmt: skip
@@ -84,8 +85,10 @@ def probe_logits_backward(
     )
     grad_first, grad_states = states[0].new_empty(0), [state.new_empty(0) for state in states]
     if need_first or need_states:
-        grad_first, grad_states = _grads_of_states(
-            grad_of_raw(grad, raw, bound), first, states, sites.weights, hidden, need_first, need_states
+        # DiffMask's states come from a frozen model and need none: this is left to PyTorch's matrix products.
+        grads_raw = grad_of_raw(grad, raw, bound)
+        grad_first, grad_states = grads_of_states(
+            grads_raw, first, states, heads_of(sites.weights), hidden, need_first, need_states
         )
     return grad_first, grad_states, [g.to(w.dtype) for g, w in zip(grads, weights, strict=True)]
 
@@ -94,12 +97,12 @@ class Sites:
     """The tensors of all sites as the kernels take them: last stride 1, addresses whole multiples of 16 bytes."""
 
     def __init__(self, first: Tensor | None, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        self.states = [_rows(state) for state in states]
+        self.states = [_aligned(flat_rows(state)) for state in states]
         self.weights = [_aligned(weight.float().contiguous()) for weight in weights]
         self.sites, self.count = len(states), len(self.states[0])
         self.width = len(heads_of(self.weights)[0].bias)
         self.sizes = [state.shape[1] for state in self.states]
-        rows = self.states[0] if first is None else _rows(first)
+        rows = self.states[0] if first is None else _aligned(flat_rows(first))
         self.first_size = 0 if first is None else rows.shape[1]
         self.first = (rows, rows.stride(0), self.first_size)
         lengths = [self.first_size, *self.sizes, *(state.stride(0) for state in (rows, *self.states))]
@@ -131,36 +134,6 @@ class Sites:
         }
 
 
-def _grads_of_states(
-    grads_raw: Tensor,
-    first: Tensor | None,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    hidden: Tensor,
-    need_first: bool,
-    need_states: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """Those of first and states, empty where not needed. DiffMask's states come from a frozen model and need none, so
-    this is left to PyTorch's matrix products."""
-    split = 0 if first is None else first.shape[-1]
-    grad_first = torch.zeros(hidden.shape[1], split, device=hidden.device)
-    grad_states = []
-    for i, (state, head) in enumerate(zip(states, heads_of([*weights]), strict=True)):
-        outer = head.outer_magnitude / head.outer_direction.norm() * head.outer_direction
-        inside = grads_raw[i][:, None] * outer * (1 - hidden[i] ** 2)
-        inside *= (head.magnitude / head.direction.norm(dim=1, keepdim=True)).T
-        if need_states:
-            grad_states.append((inside @ head.direction[:, split:]).to(state.dtype).view(state.shape))
-        if need_first:
-            grad_first.addmm_(inside, head.direction[:, :split])
-    if not need_states:
-        grad_states = [state.new_empty(0) for state in states]
-    if not need_first:
-        return states[0].new_empty(0), grad_states
-    assert first is not None
-    return grad_first.to(first.dtype).view(first.shape), grad_states
-
-
 @functools.lru_cache(maxsize=64)
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     # Memory is used again from step to step, so most steps find their table here and copy nothing to the GPU.
@@ -170,16 +143,6 @@ def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def _rows(state: Tensor) -> Tensor:
-    """(R, H), the last stride 1."""
-    rows = state.reshape(-1, state.shape[-1])
-    return _aligned(rows if rows.stride(-1) == 1 else rows.clone(memory_format=torch.contiguous_format))
 
 
 def _aligned(tensor: Tensor) -> Tensor:

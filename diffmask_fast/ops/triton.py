@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffmask_fast.ops.layout import Dim, Layout, plan
+from diffmask_fast.ops.layout import Dim, Layout, ceil_divide, plan
 
 MOST_GATES = 1024
 """K of a row, all of which one program holds."""
@@ -78,7 +78,7 @@ def gate_mix_forward(
     dims = [(dim, at) for dim, at in zip(layout.dims, (layout.dims[1].size, 1, 0, 0), strict=True) if dim.size > 1]
     dims = sorted(dims, key=lambda dim: -dim[0].row) or [(Dim(1, 1, 0, 0), 0)]
     with torch.cuda.device_of(states):
-        _kernels().forward_kernel[(_ceil(rows, tile.rows),)](
+        _kernels().forward_kernel[(ceil_divide(rows, tile.rows),)](
             layout.states,
             logits,
             layout.baseline,
@@ -154,10 +154,10 @@ def _mix_backward(
     assert grad is not None
     groups, members, width, count = layout.groups, layout.members, states.shape[-1], _count(logits)
     tile = _tile(width, states.element_size(), count, members)
-    chunks = _ceil(width, tile.columns)
-    parts = min(_ceil(PROGRAMS, groups * chunks), _ceil(members, FEWEST_ROWS))
-    part_size = _ceil(_ceil(members, parts), tile.rows) * tile.rows
-    parts = _ceil(members, part_size)
+    chunks = ceil_divide(width, tile.columns)
+    parts = min(ceil_divide(PROGRAMS, groups * chunks), ceil_divide(members, FEWEST_ROWS))
+    part_size = ceil_divide(ceil_divide(members, parts), tile.rows) * tile.rows
+    parts = ceil_divide(members, part_size)
     vector = _vector(width, states, [dim.states for dim in layout.dims])
     vector = math.gcd(vector, _vector(width, grad, [dim.grad for dim in layout.dims]))
     dots = torch.empty((chunks, groups * members), dtype=torch.float32, device=states.device)
@@ -208,9 +208,9 @@ def _finish(
     grad_logits = torch.empty_like(logits)
     rows, count = logits[..., 0].numel(), _count(logits)
     tile_rows = min(_power_of_2(rows), max(1, GATES_OF_A_TILE >> _bits(count)))
-    row_programs = _ceil(rows, tile_rows)
+    row_programs = ceil_divide(rows, tile_rows)
     parts, columns = (0, 0) if partial is None else (len(partial), partial[0].numel())
-    _kernels().finish_kernel[(row_programs + _ceil(columns, SUM_TILE[1]),)](
+    _kernels().finish_kernel[(row_programs + ceil_divide(columns, SUM_TILE[1]),)](
         dots,
         None if grad_gates is None else grad_gates.contiguous(),
         None if grad_log_open is None else grad_log_open.contiguous(),
@@ -297,7 +297,3 @@ def _bits(count: int) -> int:
 
 def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)

@@ -327,6 +327,7 @@ WRONG = [
     ({"bound": "ten"}, ValueError, "bound is ten"),
     ({"heads": lambda h: [h[0], h[1]._replace(bias=h[1].bias[:2])]}, ValueError, r"heads\[1\].bias has shape \(2,\)"),
     ({"heads": lambda h: [h[0], h[1]._replace(bias=h[1].bias.double())]}, TypeError, "one floating dtype"),
+    ({"heads": lambda h: [h[0], torch.nn.Linear(5, 6)]}, TypeError, r"heads\[1\] is a Linear, expected a Head"),
     ({"heads": lambda h: [Head(*(w.double() for w in head)) for head in h]}, TypeError, "float64 and smaller"),
 ]
 
