@@ -104,6 +104,12 @@ def options(description: str) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = parser.parse_args()
+    if chosen.rounds < 2 or chosen.threads < 1:
+        parser.error("expected --rounds of 2 or more, for a spread, and --threads of 1 or more")
+    if chosen.device != "cpu" and not torch.cuda.is_available():
+        parser.error(
+            f"--device {chosen.device}: PyTorch {torch.__version__} finds no GPU; leave it out to time the CPU"
+        )
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
     return chosen

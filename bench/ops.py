@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffmask_fast.ops import draw_seed, gate_mix, reference
-from diffmask_fast.ops.backends import BACKENDS, Backend, available
+from diffmask_fast.ops.backends import BACKENDS, available
 from diffmask_fast.ops.philox import uniforms
 
 # batch, length, width, gates
@@ -30,6 +30,7 @@ SHAPES = [
     (1, 8192, 768, 14),
     (64, 84, 768, 1),
 ]
+PLAIN = ("published", "eager", "compile")
 DTYPES = (torch.float32, torch.bfloat16)
 LAW = (reference.TEMPERATURE, reference.LEFT, reference.RIGHT)
 TINY = (1, 1, 16, 1)  # so small that a call's time is the host's share of it
@@ -116,13 +117,9 @@ def contenders(case: Case, device: str) -> tuple[dict[str, Function], list[str]]
     """All that take part, and which of them are ours."""
     torch.compiler.reset()  # or the last shapes would meet the limit of recompilations and run uncompiled
     reasons = available()
-    mine = [name for name, backend in BACKENDS.items() if _fits(backend, device) and reasons[name] is None]
+    mine = [name for name, backend in BACKENDS.items() if backend.device == device and reasons[name] is None]
     plain: dict[str, Function] = {"published": published, "eager": eager, "compile": torch.compile(eager)}
     return plain | {name: ours(name) for name in mine}, mine
-
-
-def _fits(backend: Backend, device: str) -> bool:
-    return backend.device == device
 
 
 def rows_of(shape: tuple[int, ...], dtype: torch.dtype, device: str, rounds: int, host: dict[str, float]) -> list[dict]:
@@ -147,7 +144,6 @@ def rows_of(shape: tuple[int, ...], dtype: torch.dtype, device: str, rounds: int
         bytes_ = useful_bytes(case, pass_ != "forward")
         copied = [2 * case.states.nbytes / ms for ms in times["clone"]]
         for name, run in runs.items():
-            kept = measure.bytes_kept(step_forward(functions[name], case, noises[name]), list(case))
             fraction = measure.speedup([bytes_ / ms for ms in times[name]], copied)
             row = {
                 "shape": list(shape),
@@ -160,20 +156,13 @@ def rows_of(shape: tuple[int, ...], dtype: torch.dtype, device: str, rounds: int
                 "exceeds_cache": 2 * case.states.nbytes > measure.last_level_cache(),
                 "copy_bandwidth_fraction": fraction,
                 "peak_extra_bytes": measure.peak_extra_bytes(run, device),
-                "bytes_kept": kept if pass_ != "forward" else 0,
+                "bytes_kept": measure.bytes_kept(run, list(case)),
                 "host_us": host.get(f"{name} {pass_}"),
             }
             if name in mine:
                 row |= {f"speedup_vs_{other}": measure.speedup(times[other], times[name]) for other in PLAIN}
             rows.append(row)
     return rows
-
-
-PLAIN = ("published", "eager", "compile")
-
-
-def step_forward(f: Function, case: Case, noise: Callable[[], Any]) -> measure.Run:
-    return lambda: f(case.states, case.logits, case.baseline, noise())
 
 
 def host_microseconds(device: str, rounds: int) -> dict[str, float]:

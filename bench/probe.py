@@ -1,32 +1,25 @@
 """Time probe_logits against the published loop of concatenations, plain PyTorch and a compiled one.
 
-    python bench/probe.py [--json FILE] [--threads N]
+    python bench/probe.py [--json FILE] [--threads N] [--rounds N]
 
 Forward and backward, float32. A case is timed only after logits and gradients were compared with the float64 oracle.
-All contenders of a case are timed in turn, round after round; each is compared with probe_logits round by round. Peak
-memory is that of one step in a process of its own: what the step adds to the resident set, gradients included.
+Peak memory is what a step holds at once, gradients included.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import json
-import os
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import measure
 import torch
 from torch import Tensor
 
 from diffmask_fast.ops import Head, probe_logits
 
 BATCH, LENGTH, WIDTH = 8, 384, 1024
-ROUNDS, WARM = 7, 2
 BOUND = 10.0
 # Sites, masking, and how many vectors the state at the first site is made of: of the tokens in eight windows of SQuAD,
 # 0.25 to 0.35 are distinct, and the output of an embedding has as many distinct rows.
@@ -132,113 +125,51 @@ def check(calls: dict[str, Callable[..., Tensor]], case: Case, grad: Tensor) -> 
                 raise SystemExit(f"{name} is off by {worst:.2e}: no time is printed for a wrong result")
 
 
-def kept_bytes(f: Callable[..., Tensor], case: Case) -> int:
-    """What autograd saves besides the inputs, each storage once."""
-    given = [*case.states, *case.leaves()]
-    sizes: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        f(*case)
-    return sum(size for place, size in sizes.items() if place not in {t.untyped_storage().data_ptr() for t in given})
-
-
-def peak_bytes(name: str, contender: str, threads: int) -> int:
-    # Every block of 1 MiB is mapped by itself and given back when it is freed: the resident set is what is in use.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    command = [sys.executable, __file__, "--peak", name, contender, "--threads", str(threads)]
-    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def print_peak(name: str, contender: str) -> None:
-    case, f = make(name), contenders()[contender]
-    grad = torch.ones(BATCH, LENGTH, len(case.states))
-    step(f, case, grad)  # what libraries allocate once and for all, and compiling
-    ctypes.CDLL(None).malloc_trim(0)
-    before = resident("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the high-water mark starts anew
-    step(f, case, grad)
-    print(resident("VmHWM") - before)
-
-
-def resident(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
-
-
-def matrix_product() -> Callable[[], float]:
-    """A call that gives the GFLOP/s of a product like those that the work consists of: the limit of all contenders."""
-    a, b = torch.randn(BATCH * LENGTH, WIDTH), torch.randn(WIDTH, 4 * WIDTH)
-    out = torch.empty(len(a), b.shape[1])
-
-    def rate() -> float:
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        return 2e-9 * a.numel() * b.shape[1] / (time.perf_counter() - start)
-
-    return rate
-
-
-def measure(name: str, threads: int) -> list[dict]:
+def rows_of(name: str, device: str, rounds: int) -> list[dict]:
     case, calls = make(name), contenders()
     grad = torch.randn(BATCH, LENGTH, len(case.states), generator=torch.Generator().manual_seed(1))
     check(calls, case, grad)
-    rate = matrix_product()
-    rates: list[float] = []
-    times: dict[str, list[float]] = {contender: [] for contender in calls}
-    for turn in range(ROUNDS + WARM):
-        for contender, f in calls.items():
-            start = time.perf_counter()
-            step(f, case, grad)
-            if turn >= WARM:
-                times[contender].append(1e3 * (time.perf_counter() - start))
-        rates.append(rate())
+    # a product like those that the work consists of, whose rate is the limit of all contenders
+    a, b = torch.randn(BATCH * LENGTH, WIDTH), torch.randn(WIDTH, 4 * WIDTH)
+    out = torch.empty(len(a), b.shape[1])
+    runs: dict[str, measure.Run] = {contender: partial(step, f, case, grad) for contender, f in calls.items()}
+    times = measure.in_turn(runs | {"product": lambda: torch.mm(a, b, out=out)}, device, rounds)
+    # forward and the weights' gradients: the frozen model's states need none
     flops = 4 * BATCH * LENGTH * sum(head.direction.numel() for head in case.heads)
+    limit = statistics.median(times["product"]) * flops / (2 * a.numel() * b.shape[1])
+    given = [*case.states, *case.leaves()]
     return [
         {
             "case": name,
             "dtype": "float32",
             "pass": "forward+backward",
             "contender": contender,
-            "ms": round(statistics.median(values), 2),
-            "spread_ms": round(max(values) - min(values), 2),
-            "speedup_of_probe_logits": round(
-                statistics.median(v / o for v, o in zip(values, times["probe_logits"], strict=True)), 2
-            ),
+            **measure.summary(times[contender]),
+            "speedup_of_probe_logits": measure.speedup(times[contender], times["probe_logits"]),
             "gflop": round(1e-9 * flops, 1),
-            "limit_ms": round(1e-6 * flops / statistics.median(rates), 2),
-            "saved_mb": round(1e-6 * kept_bytes(calls[contender], case), 1),
-            "peak_mb": round(1e-6 * peak_bytes(name, contender, threads), 1),
+            "limit_ms": round(limit, 2),
+            "bytes_kept": measure.bytes_kept(run, given),
+            "peak_extra_bytes": measure.peak_extra_bytes(run, device),
         }
-        for contender, values in times.items()
+        for contender, run in runs.items()
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="write the rows here too")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peak", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.peak:
-        return print_peak(*options.peak)
+    options = measure.options(str(__doc__))
+    if options.device != "cpu":
+        raise SystemExit("only the CPU is timed yet: leave --device out")
     rows = []
     for name in CASES:
-        for row in measure(name, options.threads):
+        for row in rows_of(name, options.device, options.rounds):
             rows.append(row | {"threads": options.threads})
             print(
                 f"{name:22} {row['contender']:13} {row['ms']:9.1f} ms ({row['spread_ms']:6.1f})  "
                 f"x{row['speedup_of_probe_logits']:.2f}  limit {row['limit_ms']:7.1f} ms  "
-                f"saved {row['saved_mb']:6.1f} MB  peak {row['peak_mb']:7.1f} MB"
+                f"kept {row['bytes_kept'] / 1e6:6.1f} MB  peak {row['peak_extra_bytes'] / 1e6:7.1f} MB",
+                flush=True,
             )
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    measure.write_rows(rows, options.json)
 
 
 if __name__ == "__main__":
