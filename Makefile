@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 OLD_TRANSFORMERS := $(VENV)/transformers-4.57
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test squad bench clean
+.PHONY: help setup demo test squad needs-squad bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -53,9 +53,12 @@ test: $(VENV)/.dev $(OLD_TRANSFORMERS)/.done ## lint, types, tests
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest tests/sites
 
 # Slow: half an hour. MODEL, TRAIN and EVAL are a question-answering model and SQuAD files.
-squad: $(VENV)/.package ## MODEL= TRAIN= EVAL= [SEED=0]: an input-masking probe on questions
+squad: $(if $(and $(MODEL),$(TRAIN),$(EVAL)),,needs-squad) $(VENV)/.package ## MODEL= TRAIN= EVAL= [SEED=0]: an input-masking probe on questions
 	$(BIN)/diffmask-fast train squad --model $(MODEL) --train $(TRAIN) --eval $(EVAL) --seed $(or $(SEED),0) \
 		--out runs/squad-$(or $(SEED),0) --resume
+
+needs-squad:
+	$(error make squad needs MODEL=folder TRAIN=file EVAL=file: a question-answering model and two SQuAD files)
 
 bench: $(VENV)/.dev ## time gate_mix and probe_logits against what else there is
 	$(BIN)/python bench/ops.py
