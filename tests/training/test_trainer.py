@@ -343,6 +343,7 @@ state = {{"seeds": torch.stack(seeds)}}
 for run, objective in (("whole", whole), ("resumed", resumed)):
     state |= {{run + "." + name: value.clone() for name, value in objective.state_dict().items()}}
 save_file(state, folder / f"rank{{rank}}.safetensors")
+torch.distributed.destroy_process_group()  # or a process may end while the threads of the group still run
 """
 
 
