@@ -314,7 +314,7 @@ def test_the_multipliers_climb_and_the_probe_descends() -> None:
 
 
 TWO_PROCESSES = """
-import sys, torch
+import gc, sys, torch
 sys.path.insert(0, {tests!r})
 import test_trainer as t
 from safetensors.torch import save_file
@@ -343,7 +343,11 @@ state = {{"seeds": torch.stack(seeds)}}
 for run, objective in (("whole", whole), ("resumed", resumed)):
     state |= {{run + "." + name: value.clone() for name, value in objective.state_dict().items()}}
 save_file(state, folder / f"rank{{rank}}.safetensors")
-torch.distributed.destroy_process_group()  # or a process may end while the threads of the group still run
+# The interpreter must not end while a thread of the group still lets go of a tensor: wait, and end the group. What holds
+# it too are the trainers, which are cycles.
+torch.distributed.barrier()
+gc.collect()
+torch.distributed.destroy_process_group()
 """
 
 
