@@ -343,8 +343,8 @@ state = {{"seeds": torch.stack(seeds)}}
 for run, objective in (("whole", whole), ("resumed", resumed)):
     state |= {{run + "." + name: value.clone() for name, value in objective.state_dict().items()}}
 save_file(state, folder / f"rank{{rank}}.safetensors")
-# The interpreter must not end while a thread of the group still lets go of a tensor: wait, and end the group. What holds
-# it too are the trainers, which are cycles.
+# The interpreter must not end while a thread of the group still lets go of a tensor: wait, and end the group. The
+# trainers, which are cycles, hold it too.
 torch.distributed.barrier()
 gc.collect()
 torch.distributed.destroy_process_group()
