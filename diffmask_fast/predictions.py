@@ -18,7 +18,7 @@ from torch import Tensor
 
 KINDS = ("classification", "span", "binary")
 LONGEST_SPAN = 30  # tokens
-_PADDING = -1e9  # finite, so that 0 * (a - b) of two padded entries is 0 and not NaN
+PADDING = -1e9  # finite, so that 0 * (a - b) of two padded entries is 0 and not NaN
 
 LogProbabilities = tuple[Tensor, ...]
 
@@ -51,7 +51,7 @@ def log_probabilities(output: Any, kind: str, attention_mask: Tensor | None = No
     if kind == "span":
         tables = [_wide(output.start_logits), _wide(output.end_logits)]
         if attention_mask is not None:
-            tables = [table.masked_fill(attention_mask == 0, _PADDING) for table in tables]
+            tables = [table.masked_fill(attention_mask == 0, PADDING) for table in tables]
         return tuple(F.log_softmax(table, dim=-1) for table in tables)
     logits = _wide(output if isinstance(output, Tensor) else output.logits)
     if kind == "binary":
@@ -85,9 +85,9 @@ def answers(tables: LogProbabilities, allowed: Tensor | None = None) -> Tensor:
     start, end = tables
     if allowed is not None:
         allowed = allowed | ~allowed.any(-1, keepdim=True)
-        start, end = start.masked_fill(~allowed, _PADDING), end.masked_fill(~allowed, _PADDING)
+        start, end = start.masked_fill(~allowed, PADDING), end.masked_fill(~allowed, PADDING)
     # score[b, t, d] of the span t .. t + d, without a (B, T, T) table
     reach = min(LONGEST_SPAN, end.shape[-1])
-    ends = F.pad(end, (0, reach - 1), value=_PADDING * 2).unfold(-1, reach, 1)
+    ends = F.pad(end, (0, reach - 1), value=PADDING * 2).unfold(-1, reach, 1)
     best = (start.unsqueeze(-1) + ends).flatten(1).argmax(-1)
     return torch.stack([best // reach, best // reach + best % reach], dim=-1)

@@ -9,6 +9,7 @@ not saved and not synchronised between processes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from diffmask_fast.probes import Probe
 from diffmask_fast.sites import Patched
 from diffmask_fast.training.multipliers import multipliers_for
 from diffmask_fast.training.recipe import Recipe
+from diffmask_fast.training.remembered import RememberedPredictions
 
 GROWN = 0.7  # the share of the training after which the heads' bound is the final one
 ALWAYS_OPEN = 1e4  # a logit whose gate is exactly 1, its log P(z != 0) exactly 0 and its gradient 0
@@ -33,31 +35,46 @@ class Objective(nn.Module):
         patched: handle of the frozen model.
         probe: the probe to train.
         recipe: how.
+        remembered: the original predictions, by example; without it each step computes those that it needs.
 
-    Forward takes the model's inputs, `attention_mask` (B, T) among them, and returns `{"loss": scalar}`. Draws come
-    from PyTorch's global generator, so that a trainer that restores it repeats them.
+    Forward takes the model's inputs, `attention_mask` (B, T) among them, and, with `remembered`, `example` (B,), the
+    examples' numbers. It returns `{"loss": scalar}`. Draws come from PyTorch's global generator, so that a trainer that
+    restores it repeats them.
+
+    A step runs no more of the model than it needs: where the original prediction is known, input masking leaves the
+    clean pass after the deepest site drawn, and hidden masking has no clean pass at all; else it shares what lies below
+    the lowest site drawn.
     """
 
-    def __init__(self, patched: Patched, probe: Probe, recipe: Recipe) -> None:
+    def __init__(
+        self, patched: Patched, probe: Probe, recipe: Recipe, remembered: RememberedPredictions | None = None
+    ) -> None:
         super().__init__()
         self.patched = patched
         self.probe = probe
         self.recipe = recipe
+        self.remembered = remembered
         self.multipliers = multipliers_for(recipe, probe.num_sites)
         self.statistics = Statistics(probe.num_sites)
         self.pull = recipe.pull
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
+        examples = inputs.pop("example", None)
         real = inputs["attention_mask"]
         sites = self.draw_sites(len(real)).to(real.device)
-        wanted = {i for site in sites.unique().tolist() for i in self.probe.reads(site)}
-        with torch.no_grad():
-            output, states = self.patched.run(inputs, capture=wanted)
-        kind = prediction_kind(output)
-        original = log_probabilities(output, kind, real)
-        check_finite(torch.cat(original))
+        original = None
+        if self.remembered is not None and examples is not None:
+            original = self.remembered.get(examples.tolist())
+        output, states = self.clean_pass(inputs, sites, original is None)
+        if original is None:
+            original = log_probabilities(output, prediction_kind(output), real)
+            check_finite(torch.cat(original))
+            if self.remembered is not None and examples is not None:
+                self.remembered.put(examples.tolist(), original)
         masked_output, gates, sparsity = self.masked_pass(inputs, states, sites)
-        divergence = kl_divergence(original, log_probabilities(masked_output, kind, real))
+        original = tuple(table.to(real.device) for table in original)
+        masked = log_probabilities(masked_output, prediction_kind(masked_output), real)
+        divergence = kl_divergence(original, masked)
         sparsity = (sparsity * real).sum(-1) / real.sum(-1)
         loss = self.multipliers.penalised(sparsity, divergence, sites).mean()
         check_finite(loss)
@@ -85,43 +102,56 @@ class Objective(nn.Module):
         sites = torch.searchsorted(shares / shares[-1], points.to(shares.dtype)).clamp(max=count - 1)
         return sites[torch.randperm(examples)]
 
+    def clean_pass(self, inputs: dict, sites: Tensor, whole: bool) -> tuple[Any, dict[int, Tensor]]:
+        """The model's output, if the `whole` pass is wanted for it, and the states that the masked pass takes."""
+        with torch.no_grad():
+            if self.probe.masking == "input":
+                deepest = int(sites.max())
+                return self.patched.run(inputs, capture=self.probe.reads(deepest), stop=None if whole else deepest)
+            return self.patched.run(inputs, capture=(int(sites.min()),)) if whole else (None, {})
+
     def masked_pass(self, inputs: dict, states: dict[int, Tensor], sites: Tensor) -> tuple[Any, Tensor, Tensor]:
         """The masked output, and (B, T) gates and log P(z != 0) of each example at its site."""
         step = self._input_masking if self.probe.masking == "input" else self._hidden_masking
         return step(inputs, states, sites)
 
     def _input_masking(self, inputs: dict, states: dict[int, Tensor], sites: Tensor) -> tuple[Any, Tensor, Tensor]:
-        with float32_gates(states[0]):
-            logits = self.probe.logits(states, int(sites.max()))
-            beyond = torch.arange(logits.shape[-1], device=sites.device) > sites[:, None, None]
-            logits = logits.masked_fill(beyond, ALWAYS_OPEN)
-            mixed, gates, opens = gate_mix(states[0], logits, self.probe.baseline(0), rank_seed(states[0].device))
-            sparsity = opens[..., -1]
-            if self.recipe.credit == "own":
-                own_logits = logits.gather(-1, sites[:, None, None].expand(*logits.shape[:2], 1)).squeeze(-1)
-                own = pulled(log_open(own_logits), own_logits, self.pull)
-                sparsity = own + (sparsity - own).detach()
+        logits = self.probe.logits(states, int(sites.max()))
+        beyond = torch.arange(logits.shape[-1], device=sites.device) > sites[:, None, None]
+        logits = logits.masked_fill(beyond, ALWAYS_OPEN)
+        mixed, gates, opens = gate_mix(states[0], logits, self.probe.baseline(0), rank_seed(states[0].device))
+        sparsity = opens[..., -1]
+        if self.recipe.credit == "own":
+            own_logits = logits.gather(-1, sites[:, None, None].expand(*logits.shape[:2], 1)).squeeze(-1)
+            own = pulled(log_open(own_logits), own_logits, self.pull)
+            sparsity = own + (sparsity - own).detach()
         return self.patched.run(inputs, resume=(0, mixed)).output, gates[..., -1], sparsity
 
     def _hidden_masking(self, inputs: dict, states: dict[int, Tensor], sites: Tensor) -> tuple[Any, Tensor, Tensor]:
-        replacements, gates, sparsity = {}, [], []
-        order = []
-        for site in sites.unique().tolist():
+        gates, sparsity, order = [], [], []
+
+        def replacement(site: int) -> Callable[[Tensor], Tensor]:
             rows = (sites == site).nonzero().squeeze(-1)
-            with float32_gates(states[site]):
-                state = states[site][rows]
+
+            def replace(above: Tensor) -> Tensor:
+                # These rows are as the model made them. Others were replaced further down: their state here is what
+                # came up from there, and the way back to it does not lead through these.
+                state = above[rows].detach()
                 logits = self.probe.logits({site: state}, site)
                 mixed = gate_mix(state, logits, self.probe.baseline(site), rank_seed(state.device))
-            # other rows were replaced below this site: their state here is what came up from there
-            replacements[site] = lambda above, rows=rows, new=mixed.mixed: above.index_copy(
-                0, rows, new.to(above.dtype)
-            )
-            gates.append(mixed.gates[..., -1])
-            sparsity.append(pulled(mixed.log_open[..., -1], logits[..., -1], self.pull))
-            order.append(rows)
-        lowest = min(replacements)
-        entering = replacements.pop(lowest)(states[lowest])
-        output = self.patched.run(inputs, resume=(lowest, entering), replace=replacements).output
+                gates.append(mixed.gates[..., -1])
+                sparsity.append(pulled(mixed.log_open[..., -1], logits[..., -1], self.pull))
+                order.append(rows)
+                return above.index_copy(0, rows, mixed.mixed.to(above.dtype))
+
+            return replace
+
+        replacements = {site: replacement(site) for site in sites.unique().tolist()}
+        entry = None
+        if states:
+            ((lowest, state),) = states.items()
+            entry = (lowest, replacements.pop(lowest)(state))
+        output = self.patched.run(inputs, resume=entry, replace=replacements).output
         back = torch.cat(order).argsort()
         return output, torch.cat(gates)[back], torch.cat(sparsity)[back]
 
@@ -141,11 +171,6 @@ def check_finite(value: Tensor) -> None:
         raise FloatingPointError(
             "the model's states or predictions hold NaN or infinity for these inputs, or the learning rate is too high"
         )
-
-
-def float32_gates(state: Tensor) -> torch.autocast:
-    """The gates' arithmetic stays float32 when the frozen model runs in a lower precision."""
-    return torch.autocast(state.device.type, enabled=False)
 
 
 def rank_seed(device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Probe training on the Hugging Face Trainer: it brings the bar, the log, checkpoints, resume, bf16 and `torchrun`."""
+"""Probe training on the Hugging Face Trainer: it brings the bar, the log, checkpoints, resume and `torchrun`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -19,9 +20,11 @@ from diffmask_fast.masking import frozen
 from diffmask_fast.probes import Probe
 from diffmask_fast.runs import read_json, write_json
 from diffmask_fast.sites import patch
+from diffmask_fast.training.backbone import running_in
 from diffmask_fast.training.multipliers import Ascent
 from diffmask_fast.training.objective import Objective
 from diffmask_fast.training.recipe import Recipe
+from diffmask_fast.training.remembered import remembered_for
 
 COMPLETE = "complete"  # the file that marks a checkpoint as wholly written
 
@@ -32,7 +35,8 @@ class ProbeTrainer(Trainer):
     def __init__(self, objective: Objective, examples: Examples, args: TrainingArguments, **more: Any) -> None:
         self.objective: Objective = objective
         self.examples = examples
-        super().__init__(objective, args, data_collator=examples.collate, train_dataset=examples, **more)
+        numbered = _Numbered(examples)
+        super().__init__(objective, args, data_collator=numbered.collate, train_dataset=numbered, **more)
         self.model_accepts_loss_kwargs = False  # the objective hands its arguments to the frozen model
         self.add_callback(_MarkComplete())
         self.add_callback(_SetProgress(objective))
@@ -47,6 +51,23 @@ class ProbeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **self.objective.statistics.take()} if "loss" in logs else logs, *args, **kwargs)
+
+
+class _Numbered(Dataset):
+    """The examples with their numbers, by which their predictions are remembered."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> tuple[int, dict[str, Any]]:
+        return i, self.examples[i]
+
+    def collate(self, batch: list[tuple[int, dict[str, Any]]]) -> dict[str, Tensor]:
+        numbers, inputs = zip(*batch, strict=True)
+        return {**self.examples.collate(inputs), "example": torch.tensor(numbers)}
 
 
 class _ByLength(LengthGroupedSampler):
@@ -118,6 +139,7 @@ def train_probe(
     *,
     seed: int = 0,
     bf16: bool = False,
+    predictions: str | os.PathLike[str] | None = None,
     resume: bool = False,
     save_steps: int = 200,
     quiet: bool = False,
@@ -132,6 +154,8 @@ def train_probe(
         output_dir: where the checkpoints go.
         seed: of everything drawn.
         bf16: run the frozen model in bfloat16; the gates stay float32.
+        predictions: folder in which the original predictions are remembered, by default `output_dir`; runs of the same
+            model on the same texts may share one.
         resume: go on from the newest complete checkpoint in `output_dir`, to the same bits.
         save_steps: steps between checkpoints.
         quiet: no bar, no log on the terminal.
@@ -148,7 +172,6 @@ def train_probe(
         learning_rate=recipe.learning_rate,
         max_grad_norm=0.0,
         seed=seed,
-        bf16=bf16,
         use_cpu=not torch.accelerator.is_available(),
         save_strategy="steps",
         save_steps=save_steps,
@@ -165,8 +188,12 @@ def train_probe(
         args._n_gpu = 1  # more than one take `torchrun`: threads in one process would share the model's hooks
     model.to(args.device)
     checkpoint = newest_checkpoint(output_dir) if resume else None
-    with frozen(model), patch(model) as patched:
-        trainer = ProbeTrainer(Objective(patched, probe, recipe), examples, args)
+    dtype, longest = torch.bfloat16 if bf16 else None, max(examples.lengths)
+    with frozen(model), running_in(model, dtype, longest), patch(model) as patched:
+        remembered = remembered_for(patched, model, examples, predictions or output_dir)
+        if not quiet and args.process_index == 0:
+            print(f"original predictions are remembered in {remembered.path} ({remembered.nbytes / 1e6:.1f} MB)")
+        trainer = ProbeTrainer(Objective(patched, probe, recipe, remembered), examples, args)
         if quiet:
             from transformers import PrinterCallback
 
