@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import measure
 import torch
+from published import gates
 from torch import Tensor
 
 from diffmask_fast.ops import draw_seed, gate_mix, reference
@@ -58,19 +59,10 @@ def eager(states: Tensor, logits: Tensor, baseline: Tensor, u: Tensor) -> tuple[
 
 
 def published(states: Tensor, logits: Tensor, baseline: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """As the paper's code does it: a relaxed Bernoulli per gate, stretched, clamped, cumulated over all layers."""
-    temperature, left, right = LAW
-    gates, opens = [], []
-    for k in range(logits.shape[-1]):
-        column = logits[..., k]
-        law = torch.distributions.RelaxedBernoulli(torch.full_like(column, temperature), logits=column)
-        clamped = torch.distributions.utils.clamp_probs(u[..., k])
-        noise = clamped.log() - (-clamped).log1p()
-        s = torch.sigmoid((noise + torch.logit(torch.distributions.utils.clamp_probs(law.probs))) / law.temperature)
-        gates.append((left + (right - left) * s).clamp(0, 1))
-        opens.append(torch.nn.functional.logsigmoid(column - temperature * math.log(-left / right)))
-    z = torch.stack(gates, -1).cumprod(-1)[..., -1:]
-    return (z * states + (1 - z) * baseline).to(states.dtype), torch.stack(opens, -1).cumsum(-1)[..., -1]
+    """As the paper's code does it."""
+    products, opens = gates(logits, u)
+    z = products[..., -1:]
+    return (z * states + (1 - z) * baseline).to(states.dtype), opens.cumsum(-1)[..., -1]
 
 
 def ours(backend: str) -> Function:
@@ -90,6 +82,12 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
     )
 
 
+def in_float64(case: Case) -> Case:
+    """With the same seed, so that `ours("reference")` is the oracle of the case."""
+    states, logits, baseline, grad = (tensor.detach().double() for tensor in case[:-1])
+    return Case(states, logits.requires_grad_(), baseline.requires_grad_(), grad, case.seed)
+
+
 def forward(f: Function, case: Case, noise: Callable[[], Any]) -> measure.Run:
     def run() -> Any:
         with torch.no_grad():
@@ -101,16 +99,16 @@ def forward(f: Function, case: Case, noise: Callable[[], Any]) -> measure.Run:
 def step(f: Function, case: Case, noise: Callable[[], Any]) -> measure.Run:
     def run() -> Any:
         mixed, log_open = f(case.states, case.logits, case.baseline, noise())
-        return mixed, torch.autograd.grad([mixed, log_open], case.leaves(), [case.grad, torch.ones_like(log_open)])
+        return mixed, *torch.autograd.grad([mixed, log_open], case.leaves(), [case.grad, torch.ones_like(log_open)])
 
     return run
 
 
 def useful_bytes(case: Case, backward: bool) -> int:
     """Each input read once, each output written once; the baseline and its gradient are too small to count."""
-    states, gates = case.states.nbytes, 4 * case.logits.numel()
-    bytes_ = 2 * states + 3 * gates
-    return bytes_ + 2 * states + 3 * gates if backward else bytes_
+    states, rows = case.states.nbytes, 4 * case.logits.numel()
+    bytes_ = 2 * states + 3 * rows
+    return bytes_ + 2 * states + 3 * rows if backward else bytes_
 
 
 def contenders(case: Case, device: str) -> tuple[dict[str, Function], list[str]]:
@@ -127,12 +125,11 @@ def rows_of(shape: tuple[int, ...], dtype: torch.dtype, device: str, rounds: int
     seed = case.seed.to(device)
     functions, mine = contenders(case, device)
     u = uniforms(seed, case.logits.numel()).view(case.logits.shape)
-    exact = (case.states.double(), case.logits.double(), case.baseline.double(), seed)
-    oracle = reference.gate_mix_forward(*exact, *LAW)[0].detach()
+    oracle = forward(ours("reference"), in_float64(case), lambda: seed)()[0]
     for name, f in functions.items():
         got = f(case.states, case.logits, case.baseline, seed if name in mine else u)[0]
         measure.refuse_if_wrong(name, got.detach(), oracle, dtype)
-    del oracle, exact
+    del oracle
     noises: dict[str, Callable[[], Any]] = {
         name: (lambda: seed) if name in mine else (lambda: torch.rand_like(case.logits).clamp(1e-7, 1 - 1e-7))
         for name in functions

@@ -1,25 +1,26 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import published
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmask_fast.masking import frozen
 from diffmask_fast.ops import backends, draw_seed, gate_mix, uniforms
-from diffmask_fast.ops.reference import LEFT, RIGHT, TEMPERATURE, log_open
+from diffmask_fast.ops.reference import log_open
+from diffmask_fast.predictions import prediction_kind
 from diffmask_fast.probes import Probe
 from diffmask_fast.sites import patch
 from diffmask_fast.training import objective as module
 from diffmask_fast.training.objective import ALWAYS_OPEN, Objective, pulled, rank_seed
 from diffmask_fast.training.recipe import Recipe
+from diffmask_fast.training.remembered import RememberedPredictions
 
-SITES, WIDTH, TOLERANCE, SEED = 4, 16, 0.3, 11
+SITES, WIDTH, CLASSES, TOLERANCE, SEED = 4, 16, 2, 0.3, 11
 PUBLISHED = Recipe(
     tolerance=TOLERANCE, pull=0.0, draw="batch", credit="all", multiplier="ascent", initial_multiplier=2.0
 )
@@ -70,60 +71,15 @@ def gradients(objective: Objective, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
 
 
-# --- the step in plain words: two passes by ordinary hooks, the formulas of the paper, no module of ours but the probe
-
-
-def plain_states(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
-    with torch.no_grad():
-        output = model(**inputs, output_hidden_states=True)
-        return output, [model.get_input_embeddings()(inputs["input_ids"]), *output.hidden_states]
-
-
-def plain_masked(model: nn.Module, inputs: dict[str, Tensor], site: int, state: Tensor) -> Any:
-    if site == 0:
-        rest = {name: value for name, value in inputs.items() if name != "input_ids"}
-        return model(inputs_embeds=state, **rest)
-    layers = model.bert.encoder.layer
-    if site <= len(layers):
-        hook = layers[site - 1].register_forward_pre_hook(lambda _, args: (state, *args[1:]))
-    else:
-        hook = layers[-1].register_forward_hook(
-            lambda _, __, out: state if isinstance(out, Tensor) else (state, *out[1:])
-        )
-    try:
-        return model(**inputs)
-    finally:
-        hook.remove()
-
-
-def plain_divergence(original: Any, masked: Any, mask: Tensor) -> Tensor:
-    total = 0
-    for name in ("start_logits", "end_logits") if hasattr(original, "start_logits") else ("logits",):
-        p, q = getattr(original, name), getattr(masked, name)
-        if name != "logits":
-            p, q = p.masked_fill(mask == 0, -torch.inf), q.masked_fill(mask == 0, -torch.inf)
-        p, q = F.softmax(p, -1), F.softmax(q, -1)
-        total = total + torch.where(p > 0, p * (p.clamp(min=1e-300) / q.clamp(min=1e-300)).log(), 0).sum(-1)
-    return total
-
-
 def plain_step(
     model: nn.Module, objective: Objective, inputs: dict[str, Tensor], site: int, u: Tensor, own: bool = False
 ) -> Tensor:
-    """(B,) terms of the loss, all examples at one site, with the uniforms u (B, T, gates)."""
-    probe, mask = objective.probe, inputs["attention_mask"]
-    original, states = plain_states(model, inputs)
-    logits = probe.logits(dict(enumerate(states)), site)
-    s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + logits) / TEMPERATURE)
-    z = torch.clamp(LEFT + (RIGHT - LEFT) * s, 0, 1).prod(-1, keepdim=True)
-    target = 0 if probe.masking == "input" else site
-    mixed = z * states[target] + (1 - z) * probe.baselines[target]
-    masked = plain_masked(model, inputs, target, mixed)
-    log_open = torch.log(torch.sigmoid(logits - TEMPERATURE * math.log(-LEFT / RIGHT)))
+    """(B,) terms of the loss, all examples at one site, with uniforms u (B, T, gates): by none of our fast paths."""
+    divergence, opens = published.step(model, objective.probe, inputs, site, u)
     if own:
-        log_open = torch.cat([log_open[..., :-1].detach(), log_open[..., -1:]], -1)
-    sparsity = (log_open.sum(-1) * mask).sum(-1) / mask.sum(-1)
-    return sparsity + objective.multipliers.value[site] * (plain_divergence(original, masked, mask) - TOLERANCE)
+        opens = torch.cat([opens[..., :-1].detach(), opens[..., -1:]], -1)
+    multiplier = objective.multipliers.value[site]
+    return published.lagrangian(divergence, opens, inputs["attention_mask"], multiplier, TOLERANCE)
 
 
 def same(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
@@ -135,12 +91,43 @@ def same(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
         )
 
 
+EXAMPLES = torch.tensor([4, 0, 3])  # the numbers of the three in a data set of five
+
+
+@pytest.fixture(params=["computed", "remembered"])
+def call(request: pytest.FixtureRequest, tmp_path: Any) -> Any:
+    """call(objective, inputs): a step that computes the original predictions, or one that remembers them."""
+
+    def step(objective: Objective, inputs: dict) -> Tensor:
+        if request.param == "computed":
+            return objective(**inputs)["loss"]
+        lengths = dict(zip(EXAMPLES.tolist(), inputs["attention_mask"].sum(-1).tolist(), strict=True))
+        with torch.no_grad():
+            kind = prediction_kind(objective.patched.run(inputs).output)
+        sizes = [(lengths.get(i, 3),) * 2 if kind == "span" else (CLASSES,) for i in range(5)]
+        objective.remembered = RememberedPredictions(tmp_path, "test", sizes, torch.float64)
+        state = torch.get_rng_state()
+        objective(**inputs, example=EXAMPLES)
+        assert objective.remembered.get(EXAMPLES.tolist()) is not None
+        torch.set_rng_state(state)
+        whole = []
+        watch = objective.patched.run
+        objective.patched.run = lambda *a, **k: whole.append(k.get("stop")) or watch(*a, **k)
+        loss = objective(**inputs, example=EXAMPLES)["loss"]
+        assert len(whole) == 1 or whole[0] is not None  # no second whole pass
+        return loss
+
+    return step
+
+
 @pytest.mark.parametrize("masking", ["input", "hidden"])
 @pytest.mark.parametrize("site", range(SITES))
-def test_a_step_is_the_plain_two_pass_step(masking: str, site: int, make: Any, model: nn.Module, inputs: dict) -> None:
+def test_a_step_is_the_plain_two_pass_step(
+    masking: str, site: int, make: Any, call: Any, model: nn.Module, inputs: dict
+) -> None:
     objective = make(masking, PUBLISHED, [site] * 3)
     torch.manual_seed(SEED)
-    loss = objective(**inputs)["loss"]
+    loss = call(objective, inputs)
     torch.manual_seed(SEED)
     gates = site + 1 if masking == "input" else 1
     u = uniforms(draw_seed(), 3 * 6 * gates).view(3, 6, gates).double()
@@ -153,11 +140,11 @@ def test_a_step_is_the_plain_two_pass_step(masking: str, site: int, make: Any, m
 @pytest.mark.parametrize("masking", ["input", "hidden"])
 @pytest.mark.parametrize("sites", [[3, 0, 2], [1, 3, 1], [0, 0, 0]])
 def test_sites_by_example_are_the_mean_of_each_examples_plain_step(
-    sites: list[int], masking: str, credit: str, make: Any, model: nn.Module, inputs: dict
+    sites: list[int], masking: str, credit: str, make: Any, call: Any, model: nn.Module, inputs: dict
 ) -> None:
     objective = make(masking, with_recipe(draw="example", credit=credit), sites)
     torch.manual_seed(SEED)
-    loss = objective(**inputs)["loss"]
+    loss = call(objective, inputs)
     torch.manual_seed(SEED)
     by_example: dict[int, Tensor] = {}
     if masking == "input":  # one draw; an example uses the gates up to its site
