@@ -63,6 +63,8 @@ needs-squad:
 bench: $(VENV)/.dev ## time gate_mix and probe_logits against what else there is
 	$(BIN)/python bench/ops.py
 	$(BIN)/python bench/probe.py
+	$(BIN)/python -m pytest bench/test_quick.py --benchmark-group-by=func --benchmark-sort=name \
+		--benchmark-columns=median,iqr,rounds --benchmark-storage=runs/quick
 
 clean: ## remove what was built and trained, and .venv
 	rm -rf $(VENV) build dist runs *.egg-info diffmask_fast/_cpp*.so diffmask_fast/_cuda*.so

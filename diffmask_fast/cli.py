@@ -142,7 +142,7 @@ def show(
 
 @app.command()
 def doctor() -> None:
-    """Versions, backends, threads, and a short check of the operation against its oracle."""
+    """Versions, backends, threads, and a short check of the operations against their oracles."""
     from diffmask_fast import doctor as check
 
     if not check.report():

@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from diffmask_fast import doctor
-from diffmask_fast.ops import backends, reference
+from diffmask_fast.ops import backends
 
-RUNNABLE = [name for name, reason in backends.available().items() if reason is None]
+RUNNABLE = [
+    (name, operation)
+    for name, reason in backends.available().items()
+    if reason is None
+    for operation in backends.BACKENDS[name].modules
+]
 
 
 @pytest.fixture(autouse=True)
@@ -16,9 +21,9 @@ def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "CHECK_SECONDS", 0.05)
 
 
-@pytest.mark.parametrize("backend", RUNNABLE)
-def test_every_backend_that_can_run_agrees_with_the_oracle(backend: str) -> None:
-    worst, cases = doctor.check(backend)
+@pytest.mark.parametrize(("backend", "operation"), RUNNABLE)
+def test_every_backend_that_can_run_agrees_with_the_oracle(backend: str, operation: str) -> None:
+    worst, cases = doctor.check(backend, operation, 0.05)
     assert cases >= 1 and 0 < worst <= 1
 
 
@@ -27,7 +32,9 @@ def test_the_report_names_every_backend_and_what_decides_a_result(capsys: pytest
     said = capsys.readouterr().out
     for name in (*backends.BACKENDS, "threads", "accelerator", "torch"):
         assert name in said
-    assert f"backend {RUNNABLE[0]}" in said and torch.__version__ in said
+    for name, operation in RUNNABLE:
+        assert f"{'backend ' + name:18} {operation:12} ok: " in said
+    assert torch.__version__ in said
 
 
 def test_a_backend_that_cannot_run_is_reported_with_its_reason(
@@ -38,19 +45,25 @@ def test_a_backend_that_cannot_run_is_reported_with_its_reason(
     assert "backend cpu        not available: it was not built" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("operation", ["gate_mix", "probe_logits"])
 @pytest.mark.parametrize("fault", [1e-4, float("nan")])
 def test_a_backend_that_is_wrong_makes_the_report_fail(
-    fault: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fault: float, operation: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(*args):
-        mixed, gates, log_open = reference.gate_mix_forward(*args)
-        return mixed, gates + fault, log_open
-
     load = backends.load
-    broken = SimpleNamespace(gate_mix_forward=wrong, unavailable=lambda: None)
+    sound = load("reference", operation)
+    right = getattr(sound, f"{operation}_forward")
+
+    def wrong(*args):
+        first, *others = right(*args)
+        return first + fault, *others
+
+    broken = SimpleNamespace(**{**vars(sound), f"{operation}_forward": wrong})
     monkeypatch.setattr(
-        backends, "load", lambda name, *operation: broken if name == "reference" else load(name, *operation)
+        backends, "load", lambda name, asked="gate_mix": broken if asked == operation else load(name, asked)
     )
     monkeypatch.setattr(backends, "available", lambda: {"reference": None})
     assert not doctor.report()
-    assert "backend reference  WRONG" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"backend reference  {operation:12} WRONG" in said
+    assert said.count("WRONG") == 1 and said.count(" ok: ") == 1

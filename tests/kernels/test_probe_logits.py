@@ -4,18 +4,16 @@ that need not be there."""
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-from pathlib import Path
 
+import compiled
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from diffmask_fast.kernels import probe_logits as kernels  # noqa: E402
+from diffmask_fast.kernels import probe_logits as kernels
 
-from diffmask_fast.ops import probe_reference, probe_triton  # noqa: E402
+from diffmask_fast.ops import probe_reference, probe_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # rows, widths of the states, width of the heads, whether there is a first state, bound
@@ -130,70 +128,13 @@ def test_all_sites_take_two_launches_forward_and_two_backward(monkeypatch, with_
     assert launches == ["probe_norms", "probe_forward", "probe_backward", "probe_norms_backward"]
 
 
-FORWARD = (
-    "table:*i64 scale:*fp32 first:STATE first_stride:i32 first_size:i32 logits:*fp32 raw:*fp32 hidden:*fp32 "
-    "count:i32 width:i32 sites:i32 bound:fp32"
-)
-BACKWARD = (
-    "table:*i64 first:STATE first_stride:i32 first_size:i32 grad:*fp32 raw:*fp32 hidden:*fp32 outer_products:*fp32 "
-    "count:i32 width:i32 sites:i32 bound:fp32"
-)
-# kernel, its arguments, its blocks, its warps
-COMPILED = [
-    ("probe_norms", "table:*i64 scale:*fp32 first_size:i32 width:i32", "NORM_BLOCKS", "NORM_WARPS"),
-    ("probe_forward", FORWARD, "FORWARD_BLOCKS", "WARPS"),
-    ("probe_forward", FORWARD, "FEW_ROWS_BLOCKS", "WARPS"),
-    ("probe_backward", BACKWARD, "BACKWARD_BLOCKS", "WARPS"),
-    (
-        "probe_norms_backward",
-        "table:*i64 outer_products:*fp32 first_size:i32 width:i32",
-        "NORM_BACKWARD_BLOCKS",
-        "NORM_WARPS",
-    ),
-]
-
-
-def resources(compiled: tuple[str, ...], architecture: int, dtype: str, folder: Path) -> dict[str, int]:
-    """What cuobjdump says of the cubin that Triton makes: registers, and bytes of stack, local and shared memory."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    name, signature, blocks, warps = compiled
-    pairs = dict(pair.split(":") for pair in signature.replace("STATE", f"*{dtype}").split())
-    kernel = getattr(kernels, name)
-    state = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-    constants = {
-        "FIRST": True, "SAVE": True, "BOUND": True, "STATE": getattr(triton.language, state), "ALIGN": 16, "INNER": 256,
-        "PRECISION": probe_triton.PRECISION, **getattr(probe_triton, blocks),
-    }  # fmt: skip
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    whole = [
-        i
-        for i, argument in enumerate(kernel.arg_names)
-        if pairs.get(argument, "").startswith("*") or argument in ("count", "width")
-    ]
-    source = ASTSource(
-        kernel,
-        {argument: pairs.get(argument, "constexpr") for argument in kernel.arg_names},
-        constexprs={(kernel.arg_names.index(key),): value for key, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in whole},
-    )
-    options = {"num_warps": getattr(probe_triton, warps)}
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    path = folder / f"{name}-{architecture}.cubin"
-    path.write_bytes(made.asm["cubin"])
-    reader = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    text = subprocess.run([reader, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return found | {"SHARED": made.metadata.shared}
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is 1, and nothing can be compiled")
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("compiled", COMPILED, ids=lambda compiled: f"{compiled[0]}-{compiled[2]}")
+@pytest.mark.parametrize("architecture", compiled.ARCHITECTURES)
+@pytest.mark.parametrize("probe", compiled.PROBE_LOGITS, ids=lambda probe: f"{probe.name}-{probe.blocks}")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_cubin_spills_nothing(compiled, architecture, dtype, tmp_path):
-    used = resources(compiled, architecture, dtype, tmp_path)
-    assert (used["STACK"], used["LOCAL"]) == (0, 0)
-    assert used["SHARED"] <= 99 * 1024  # what a block can have on every one of these
+def test_a_cubin_spills_nothing(probe, architecture, dtype):
+    used = compiled.probe_logits(probe, architecture, dtype).resources
+    assert (used.stack, used.local) == (0, 0)
+    assert used.shared <= 99 * 1024  # what a block can have on every one of these
+    assert used.threads == 32 * probe.warps

@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
+import compiled
 import cubin
 import pytest
+from compiled import ROOT, nvcc
 
-ROOT = Path(__file__).parents[2]
-NVCC = shutil.which("nvcc")
-ARCHITECTURES = (80, 90, 100)
 DTYPES = {"Float32": 32, "BFloat16": 16, "Float16": 16}  # and the bits of a state
-# those of setup.py that bear on the code
-FLAGS = ("-std=c++20", "-O3", "-fmad=false")
 # The registers of a multiprocessor are shared by four blocks or more of 128 threads.
 MOST_REGISTERS = 128
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+pytestmark = pytest.mark.skipif(compiled.NVCC is None, reason="there is no nvcc")
 
 
-def nvcc(*arguments: str) -> str:
-    assert NVCC is not None
-    result = subprocess.run([NVCC, *FLAGS, *arguments], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stderr
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
+@pytest.fixture(scope="module", params=compiled.ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
 def code(request, tmp_path_factory) -> bytes:
     if cubin.cuobjdump() is None:
         pytest.skip("there is no cuobjdump")
-    path = tmp_path_factory.mktemp("cubin") / "gate_mix.cubin"
-    nvcc(f"-arch=sm_{request.param}", "-cubin", str(ROOT / "csrc/gate_mix_cuda.cu"), "-o", str(path))
-    return path.read_bytes()
-
-
-def kernel_of(mangled: str) -> tuple[str, str | None, bool]:
-    """Name, dtype, and whether it is the one for rows that are aligned to 16 bytes."""
-    match = re.search(r"(mix_forward|mix_backward|finish_backward)(?:INS0_6AccessINS_\d+(\w+?)ELb(\d)E)?", mangled)
-    assert match is not None, mangled
-    return match[1], match[2], match[3] == "1"
+    return compiled.cuda(request.param, tmp_path_factory.mktemp("cubin"))
 
 
 def test_every_instantiation_is_there_without_spills_and_within_the_registers(code):
-    found = {kernel_of(name): resources for name, resources in cubin.resources(code).items()}
+    found = {compiled.instantiation(name): resources for name, resources in cubin.resources(code).items()}
     expected = {(name, dtype, wide) for name in ("mix_forward", "mix_backward") for dtype in DTYPES for wide in (0, 1)}
     assert found.keys() == expected | {("finish_backward", None, False)}
     for kernel, resources in found.items():
@@ -56,7 +34,7 @@ def test_every_instantiation_is_there_without_spills_and_within_the_registers(co
 
 def test_aligned_rows_move_16_bytes_at_a_time_and_others_one_state(code):
     for name, instructions in cubin.sass(code).items():
-        kernel, dtype, wide = kernel_of(name)
+        kernel, dtype, wide = compiled.instantiation(name)
         # A generic access would be one whose address the compiler did not know to be global.
         assert not [line for line in instructions if re.search(r"\b(LD|ST)\.E", line)], name
         if dtype is None:
