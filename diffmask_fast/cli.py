@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from enum import Enum
 from pathlib import Path
@@ -149,10 +150,20 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+def _end_group() -> None:
+    """End the group of processes that `torchrun` started, if there is one: the interpreter must not end before it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        gc.collect()  # the trainers, which are cycles, hold it too
+        torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     """Run the command line; what a user can mend is one line, not a traceback."""
     try:
         app()
+        _end_group()
     except (
         ValueError,
         TypeError,

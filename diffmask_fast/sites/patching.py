@@ -71,6 +71,11 @@ class Patched:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The modules of the chain whose states are sites, each once: what `resume` leaves out."""
+        return list(dict.fromkeys(self._modules[k] for k in self._chain))
+
     def remove(self) -> None:
         """Let go of the model: the handle can't run any more. May be called again."""
         self._model, self._modules, self._enclosing = None, [], []

@@ -1,8 +1,8 @@
-"""The frozen model as a training runs it: in another dtype, with the attention that is faster there."""
+"""The frozen model as a training runs it: in another dtype, with the attention that is faster there, compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,23 @@ EAGER_UP_TO = 512
 """Tokens up to which, in 16 bits on a CPU, attention by plain products is preferred: PyTorch's fused kernel takes two
 to four times as long there, most of it in backward (bench/train_step.py shows what that is of a step). Memory grows
 with the square of the length, so longer texts keep the model's own attention."""
+
+
+@contextmanager
+def compiled(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """The forward of each of these modules compiled, and afterwards as it was.
+
+    Hooks are called around a module's forward, so states are captured and replaced between the compiled parts. Layers
+    of one class that are called alike share one graph: what site is drawn makes no difference to any of them.
+    """
+    chosen = list(layers)
+    try:
+        for layer in chosen:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        yield
+    finally:
+        for layer in chosen:
+            vars(layer).pop("forward", None)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from diffmask_fast.training.backbone import EAGER_UP_TO, running_in
+from diffmask_fast.masking import frozen
+from diffmask_fast.sites import patch
+from diffmask_fast.training.backbone import EAGER_UP_TO, compiled, running_in
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -61,3 +63,30 @@ def test_a_model_without_a_configuration_runs_too() -> None:
     with running_in(model, torch.bfloat16, 3):
         assert model(torch.zeros(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert model.weight.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_plain_states_whatever_is_captured_and_make_no_graph_for_each_site(
+    tiny_bert: Any,
+) -> None:
+    model = tiny_bert("ForSequenceClassification")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    torch.compiler.reset()
+    with frozen(model), patch(model) as patched:
+        plain = patched.run(inputs, capture=range(4))
+        with compiled(patched.layers):
+            graphs = []
+            for site in (0, 3, 1, 2):
+                for gradients in (False, True):
+                    with torch.set_grad_enabled(gradients):
+                        state = plain.states[site].clone().requires_grad_(gradients)
+                        stopped = patched.run(inputs, capture=range(site + 1), stop=site).states
+                        output = patched.run(inputs, resume=(site, state)).output
+                    # float32 sums in another order: two layers, 16 wide, values of size 1
+                    torch.testing.assert_close(output.logits, plain.output.logits, rtol=0, atol=1e-5)
+                    torch.testing.assert_close(stopped[site], plain.states[site], rtol=0, atol=1e-5)
+                graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert 1 <= graphs[-1] <= 4  # with and without gradients, and whether a state needs one
+        after = patched.run(inputs, capture=range(4))
+    assert torch.equal(after.output.logits, plain.output.logits)
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -169,6 +169,17 @@ t.train(t.Path({folder!r}), {recipe!r})
 
 @pytest.mark.parametrize("recipe", ["steady", "published"])
 def test_a_run_that_was_killed_resumes_to_the_same_bits(recipe: str, tmp_path: Path) -> None:
+    killed_and_resumed(recipe, tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("time", range(10))
+@pytest.mark.parametrize("recipe", ["steady", "published"])
+def test_a_run_that_was_killed_again_and_again(time: int, recipe: str, tmp_path: Path) -> None:
+    killed_and_resumed(recipe, tmp_path)
+
+
+def killed_and_resumed(recipe: str, tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", recipe)
     folder = tmp_path / "killed"
     script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), recipe=recipe)
@@ -339,6 +350,31 @@ except t.StoppedError:
     t.Objective.forward = forward
 torch.distributed.barrier()  # the mark of the checkpoint is the first process's work
 resumed = t.train(folder / "stopped", {recipe!r}, resume=True)
+# The gradients of half a batch on each process are those of the batch on one. Both draw the same gates: the second
+# process starts its stream where its half of the elements does, four to a step.
+model, probe, examples = t.prepared("published")
+order = examples.batches(16)[1]
+half = slice(8 * rank, 8 * rank + 8)
+length = max(examples.lengths[i] for i in order)
+def gradients(numbers, offset, wrap):
+    with t.module.patch(model) as patched:
+        objective = t.Objective(patched, probe, t.RECIPES["published"])
+        o.rank_seed = lambda device: torch.tensor([5, offset])
+        objective.draw_sites = lambda count: torch.ones(count, dtype=torch.long)
+        batch = examples.collate([examples[i] for i in order])
+        objective.zero_grad()
+        wrapped = wrap(objective)  # has to live until backward is done
+        wrapped(**{{name: value[numbers] for name, value in batch.items()}})["loss"].backward()
+        return {{name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}}
+assert 8 * length % 4 == 0
+alone = gradients(slice(0, 16), 0, lambda objective: objective)
+both = gradients(half, rank * 8 * length // 4, lambda objective: torch.nn.parallel.DistributedDataParallel(
+    objective, find_unused_parameters=True))
+assert alone.keys() == both.keys() and len(alone) > 3
+for name, value in alone.items():
+    # sums over 16 examples in another order, in float32, of terms up to a hundred times their sum
+    scale = value.abs().max()
+    assert (both[name] - value).abs().max() <= 1e-4 * scale, (name, both[name], value)
 state = {{"seeds": torch.stack(seeds)}}
 for run, objective in (("whole", whole), ("resumed", resumed)):
     state |= {{run + "." + name: value.clone() for name, value in objective.state_dict().items()}}
