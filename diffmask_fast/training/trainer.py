@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -33,9 +34,17 @@ COMPLETE = "complete"  # the file that marks a checkpoint as wholly written
 class ProbeTrainer(Trainer):
     """Trains the `Objective` of a probe; everything that a recipe decides is read from it."""
 
-    def __init__(self, objective: Objective, examples: Examples, args: TrainingArguments, **more: Any) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        examples: Examples,
+        args: TrainingArguments,
+        tokens_per_batch: int | None = None,
+        **more: Any,
+    ) -> None:
         self.objective: Objective = objective
         self.examples = examples
+        self.tokens_per_batch = tokens_per_batch
         numbered = _Numbered(examples)
         super().__init__(objective, args, data_collator=numbered.collate, train_dataset=numbered, **more)
         self.model_accepts_loss_kwargs = False  # the objective hands its arguments to the frozen model
@@ -49,6 +58,18 @@ class ProbeTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         return _ByLength(self)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.tokens_per_batch is None:
+            return super().get_train_dataloader()
+        batches = _ByTokens(self, self.tokens_per_batch)
+        numbered: Any = self.train_dataset
+        return self.accelerator.prepare(DataLoader(numbered, batch_sampler=batches, collate_fn=self.data_collator))
+
+    def order_of_epoch(self) -> torch.Generator:
+        """It follows from the seed and the epoch alone: an order drawn from the global generator could not be drawn
+        again by a run that resumes within that epoch."""
+        return torch.Generator().manual_seed(self.args.seed + 1_000_003 * int(self.state.epoch or 0))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, **self.objective.statistics.take()} if "loss" in logs else logs, *args, **kwargs)
@@ -72,17 +93,46 @@ class _Numbered(Dataset):
 
 
 class _ByLength(LengthGroupedSampler):
-    """Similar lengths together, so that little is padded. The order of an epoch follows from the seed and the epoch
-    alone: one drawn from the global generator could not be drawn again by a run that resumes within that epoch."""
+    """Similar lengths together, so that little is padded."""
 
     def __init__(self, trainer: ProbeTrainer) -> None:
         super().__init__(trainer.args.train_batch_size, lengths=trainer.examples.lengths)
         self.trainer = trainer
 
     def __iter__(self) -> Iterator[int]:
-        epoch = int(self.trainer.state.epoch or 0)
-        self.generator = torch.Generator().manual_seed(self.trainer.args.seed + 1_000_003 * epoch)
+        self.generator = self.trainer.order_of_epoch()
         return super().__iter__()
+
+
+class _ByTokens(Sampler):
+    """Batches of similar lengths with at most so many tokens, padding included; a longer text is alone in its own.
+
+    Examples of the same length change places in each epoch, and the batches their order. Their number stays the same,
+    a multiple of the number of processes: some batches come twice if need be.
+    """
+
+    batch_size, drop_last = None, False  # as accelerate asks for
+
+    def __init__(self, trainer: ProbeTrainer, tokens: int) -> None:
+        self.trainer, self.tokens = trainer, tokens
+
+    def __len__(self) -> int:
+        return len(self._batches(range(len(self.trainer.examples))))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = self.trainer.order_of_epoch()
+        batches = self._batches(torch.randperm(len(self.trainer.examples), generator=generator).tolist())
+        return iter([batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()])
+
+    def _batches(self, order: Sequence[int]) -> list[list[int]]:
+        lengths = self.trainer.examples.lengths
+        batches: list[list[int]] = []
+        for i in sorted(order, key=lengths.__getitem__):  # so that the newest is the longest of its batch
+            if not batches or (len(batches[-1]) + 1) * lengths[i] > self.tokens:
+                batches.append([])
+            batches[-1].append(i)
+        missing = -len(batches) % self.trainer.args.world_size
+        return [*batches, *itertools.islice(itertools.cycle(batches), missing)]
 
 
 class _SetProgress(TrainerCallback):
@@ -141,6 +191,7 @@ def train_probe(
     seed: int = 0,
     bf16: bool = False,
     compile: bool = False,
+    tokens_per_batch: int | None = None,
     predictions: str | os.PathLike[str] | None = None,
     resume: bool = False,
     save_steps: int = 200,
@@ -157,6 +208,8 @@ def train_probe(
         seed: of everything drawn.
         bf16: run the frozen model in bfloat16; the gates stay float32.
         compile: compile the frozen model's layers with `torch.compile`, which takes about a minute on a CPU.
+        tokens_per_batch: instead of the recipe's number of examples, as many of similar length as have at most so
+            many tokens, padding included.
         predictions: folder in which the original predictions are remembered, by default `output_dir`; runs of the same
             model on the same texts may share one.
         resume: go on from the newest complete checkpoint in `output_dir`, to the same bits.
@@ -165,7 +218,12 @@ def train_probe(
 
     Returns:
         The objective, with the trained probe and the multipliers.
+
+    Raises:
+        ValueError: `tokens_per_batch` below 1.
     """
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch is {tokens_per_batch}; expected 1 or more, or None")
     args = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=recipe.batch_size,
@@ -183,6 +241,7 @@ def train_probe(
         report_to=[],
         remove_unused_columns=False,
         label_names=[],
+        accelerator_config={"even_batches": tokens_per_batch is None},  # `_ByTokens` evens them itself
         disable_tqdm=quiet,
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
@@ -201,7 +260,7 @@ def train_probe(
             print(f"original predictions are remembered in {remembered.path} ({remembered.nbytes / 1e6:.1f} MB)")
         if compile:
             stack.enter_context(compiled(patched.layers))
-        trainer = ProbeTrainer(Objective(patched, probe, recipe, remembered), examples, args)
+        trainer = ProbeTrainer(Objective(patched, probe, recipe, remembered), examples, args, tokens_per_batch)
         if quiet:
             from transformers import PrinterCallback
 

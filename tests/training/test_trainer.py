@@ -42,11 +42,12 @@ def prepared(recipe: str = "steady", masking: str = "hidden") -> tuple[toy.ToyMo
     return model, fresh_probe(model, examples, RECIPES[recipe], masking, width=8), examples
 
 
-def train(folder: Path, recipe: str = "steady", masking: str = "hidden", resume: bool = False) -> Objective:
+def train(
+    folder: Path, recipe: str = "steady", masking: str = "hidden", resume: bool = False, **more: int | None
+) -> Objective:
     model, probe, examples = prepared(recipe, masking)
-    return train_probe(
-        model, probe, examples, RECIPES[recipe], folder, seed=3, resume=resume, save_steps=SAVE, quiet=True
-    )
+    options = {"seed": 3, "resume": resume, "save_steps": SAVE, "quiet": True, **more}
+    return train_probe(model, probe, examples, RECIPES[recipe], folder, **options)
 
 
 class StoppedError(Exception):
@@ -151,6 +152,49 @@ def test_an_epoch_visits_every_example_once_and_no_two_epochs_in_the_same_order(
             orders.append(list(trainer._get_train_sampler()))
     assert all(sorted(order) == list(range(64)) for order in orders)
     assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("budget", [1, 25, 100, 10_000])
+@pytest.mark.parametrize("processes", [1, 3])
+def test_batches_by_tokens_hold_the_budget_and_every_example(
+    budget: int, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, probe, examples = prepared()
+    args = module.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    monkeypatch.setattr(type(args), "world_size", processes)
+    with module.patch(model) as patched:
+        trainer = module.ProbeTrainer(Objective(patched, probe, RECIPES["steady"]), examples, args)
+        batches = module._ByTokens(trainer, budget)
+        epochs = []
+        for epoch in (0.0, 0.5, 1.0):
+            trainer.state.epoch = epoch
+            epochs.append(list(batches))
+    assert epochs[0] == epochs[1]
+    assert epochs[0] != epochs[2]
+    for found in epochs:
+        assert len(found) == len(batches) and len(found) % processes == 0
+        assert {i for batch in found for i in batch} == set(range(64))
+        if processes == 1:
+            assert sum(map(len, found)) == 64
+        for batch in found:
+            longest = max(examples.lengths[i] for i in batch)
+            assert len(batch) == 1 or longest * len(batch) <= budget
+
+
+def test_a_run_by_tokens_that_stopped_resumes_to_the_same_bits(tmp_path: Path, stop_at) -> None:
+    whole = train(tmp_path / "whole", tokens_per_batch=100)
+    stop_at(8)
+    with pytest.raises(StoppedError):
+        train(tmp_path / "stopped", tokens_per_batch=100)
+    stop_at(None)
+    resumed = train(tmp_path / "stopped", resume=True, tokens_per_batch=100)
+    assert same_bits(resumed.state_dict(), whole.state_dict())
+    assert not same_bits(whole.state_dict(), train(tmp_path / "other").state_dict())
+
+
+def test_a_budget_below_one_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tokens_per_batch is 0; expected 1 or more"):
+        train(tmp_path, tokens_per_batch=0)
 
 
 SCRIPT = """
