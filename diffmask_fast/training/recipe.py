@@ -53,7 +53,7 @@ class Recipe:
     """
 
     tolerance: float = 1.0
-    margin: float = 0.45
+    margin: float = 0.5
     bias: float = 5.0
     bound: float = 10.0
     initial_bound: float | None = 3.0
@@ -69,7 +69,7 @@ class Recipe:
     baseline_learning_rate: float = 1e-3
     schedule: str = "cosine"
     warmup_steps: int = 0
-    epochs: float = 2.0
+    epochs: float = 1.0
     batch_size: int = 8
 
     def __post_init__(self) -> None:
