@@ -127,28 +127,58 @@ def _backward_fake(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # The inputs alone: backward draws the gates again from the seed.
-    ctx.save_for_backward(*inputs[:4])
-    ctx.rest = inputs[4:]
-    ctx.set_materialize_grads(False)
+class _GateMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # The inputs alone are kept: backward draws the gates again from the seed.
+        ctx.save_for_backward(*inputs[:4])
+        ctx.rest = inputs[4:]
+        ctx.set_materialize_grads(False)
+        return _below_autograd(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        need_states, need_logits, need_baseline = ctx.needs_input_grad[:3]
+        results = torch.ops.diffmask_fast.gate_mix_backward.default(
+            *grads, *ctx.saved_tensors, *ctx.rest, need_states, need_baseline
+        )
+        needed = (need_states, need_logits, need_baseline)
+        return (*(result if need else None for result, need in zip(results, needed, strict=True)), *(None,) * 5)
 
 
-def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    need_states, need_logits, need_baseline = ctx.needs_input_grad[:3]
-    results = torch.ops.diffmask_fast.gate_mix_backward.default(
-        *grads, *ctx.saved_tensors, *ctx.rest, need_states, need_baseline
-    )
-    needed = (need_states, need_logits, need_baseline)
-    return (*(result if need else None for result, need in zip(results, needed, strict=True)), *(None,) * 5)
+def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.diffmask_fast.gate_mix.default(*inputs)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "gate_mix has no second derivative. Take its gradient without create_graph=True, or write the gate "
-        "with diffmask_fast.ops.reference.hard_concrete, which PyTorch can differentiate twice"
-    )
+def _autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:3])
+    return _GateMix.apply(*inputs) if wanted else _below_autograd(*inputs)
 
 
-torch.library.register_autograd("diffmask_fast::gate_mix", _gradient, setup_context=_save)
-torch.library.register_autograd("diffmask_fast::gate_mix_backward", _no_second_derivative)
+class _GateMixBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward_below_autograd(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            "gate_mix has no second derivative. Take its gradient without create_graph=True, or write the gate "
+            "with diffmask_fast.ops.reference.hard_concrete, which PyTorch can differentiate twice"
+        )
+
+
+def _backward_below_autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.diffmask_fast.gate_mix_backward.default(*inputs)
+
+
+def _backward_autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs)
+    return _GateMixBackward.apply(*inputs) if wanted else _backward_below_autograd(*inputs)
+
+
+# torch.library.register_autograd makes the same of any schema, and takes 40 microseconds more: a fifth of a small call.
+_library.impl("gate_mix", _autograd, "Autograd")
+_library.impl("gate_mix_backward", _backward_autograd, "Autograd")
