@@ -10,24 +10,54 @@ import torch
 from torch import Tensor
 
 SPECIAL, FIRST, SECOND = 0, 1, 2  # what `segments` holds, see diffmask_fast.attribution.result
+LARGEST_STRIDE = 128  # tokens, as is usual on SQuAD
 
 
 class TooLongError(ValueError):
-    """A text has more tokens than the model takes."""
+    """A text has more tokens than the model takes, and cannot be read in windows either."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one example holds of a text: a piece of the part that was cut, and all that stands before and behind it.
+
+    Attributes:
+        text: the number of the text.
+        length: how many tokens the whole text has.
+        cut: the tokens of the whole text that its windows share out.
+        piece: those of them that this window holds; all of them where the text was not cut.
+    """
+
+    text: int
+    length: int
+    cut: range
+    piece: range
+
+    @property
+    def positions(self) -> list[int]:
+        """Where the window's tokens stand in the whole text."""
+        return self.take(list(range(self.length)))
+
+    def take(self, row: list) -> list:
+        """The window's entries of a row that has one for each token of the whole text."""
+        return [*row[: self.cut.start], *row[self.piece.start : self.piece.stop], *row[self.cut.stop :]]
 
 
 @dataclass(frozen=True)
 class Examples:
     """N encoded texts; `examples[i]` is the i-th one's model inputs, so it serves as a data set for a trainer too.
 
+    A text that is longer than the model takes is several examples, one for each of its windows, in their order.
+
     Attributes:
         inputs: per example, the model's arguments: a list of T numbers where they are per token, else a number or a
             list marked in `fixed`.
         tokens: per example, its T tokens as text.
         segments: per example, for each token 0 (special), 1 (first segment) or 2 (second segment).
-        describe: (example index, answer) -> the answer in words.
+        describe: (example index, answer) -> the answer in words; a span is numbered as the example's tokens are.
         pad_values: padding per argument; 0 for what is not named.
         fixed: arguments that are not per token.
+        windows: per example, which part of which text it is; None where every example is a whole text.
     """
 
     inputs: list[dict[str, Any]]
@@ -36,6 +66,7 @@ class Examples:
     describe: Callable[[int, Sequence[int]], str]
     pad_values: Mapping[str, int] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+    windows: list[Window] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -70,6 +101,7 @@ class Examples:
             lambda i, answer: self.describe(chosen[i], answer),
             self.pad_values,
             self.fixed,
+            None if self.windows is None else [self.windows[i] for i in chosen],
         )
 
     def batches(self, size: int) -> list[list[int]]:
@@ -84,13 +116,25 @@ class Examples:
         return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any) -> Examples:
+def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any, stride: int | None = None) -> Examples:
     """Texts, or pairs such as (question, passage), for a Hugging Face model.
 
+    Nothing is dropped for being long. A text with more tokens than the model takes becomes overlapping windows: of a
+    pair the second part is cut, and the first one stands in each window. They are the windows that the tokenizer makes
+    itself when it is asked to truncate and to return what overflows.
+
+    Args:
+        tokenizer: the model's fast tokenizer.
+        texts: texts or pairs.
+        model: says how many tokens it takes.
+        stride: how many tokens of the part that is cut a window shares with the one before it; by default 128, or a
+            quarter of what the model takes where that is less.
+
     Raises:
-        TypeError: something that is neither a text nor a pair of texts.
-        ValueError: no text, or an empty one, also where the tokenizer drops all that it holds.
-        TooLongError: a text that has more tokens than the model takes; nothing is cut silently.
+        TypeError: something that is neither a text nor a pair of texts; a stride that is no int.
+        ValueError: no text, or an empty one, also where the tokenizer drops all that it holds; a stride below 0.
+        TooLongError: a text in whose windows there is no room for more than the `stride` tokens that they share,
+            because the first part of the pair takes it.
     """
     if isinstance(texts, str) or not isinstance(texts, Sequence):
         raise TypeError(f"texts: expected a list of texts or of pairs, got {type(texts).__name__}: put it in a list")
@@ -103,41 +147,67 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any) -
             raise TypeError(f"text {i}: expected a text or a pair of texts, got {repr(text)[:80]}")
         if not all(part.strip() for part in parts):
             raise ValueError(f"text {i} is empty: leave it out")
+    limit = length_limit(tokenizer, model)
+    if stride is None:
+        stride = min(LARGEST_STRIDE, limit // 4)
+    if not isinstance(stride, int) or isinstance(stride, bool):
+        raise TypeError(f"stride: expected a number of tokens, got {stride!r}")
+    if stride < 0:
+        raise ValueError(f"stride is {stride}; expected 0 or more tokens")
+
     rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
     encodings = [
         tokenizer(*row, return_special_tokens_mask=True, return_offsets_mapping=True, verbose=False) for row in rows
     ]
-    limit = length_limit(tokenizer, model)
-    for i, encoding in enumerate(encodings):
-        if len(encoding["input_ids"]) > limit:
-            raise TooLongError(
-                f"text {i} has {len(encoding['input_ids'])} tokens and the model takes {limit}: shorten or split it "
-                "(nothing is cut silently, and longer texts are not windowed in this version)"
-            )
-    names = [name for name in tokenizer.model_input_names if name in encodings[0]]
-    ids = [encoding["input_ids"] for encoding in encodings]
-    segments = [_segments(encoding) for encoding in encodings]
-
-    for i, (row, kinds) in enumerate(zip(rows, segments, strict=True)):
+    whole_segments = [_segments(encoding) for encoding in encodings]
+    for i, (row, kinds) in enumerate(zip(rows, whole_segments, strict=True)):
         if not set(kinds) >= set(range(FIRST, FIRST + len(row))):
             raise ValueError(f"text {i} is empty: the tokenizer finds nothing in {repr(texts[i])[:80]}; leave it out")
+    windows = [
+        window for i, encoding in enumerate(encodings) for window in _windows(i, encoding.sequence_ids(), limit, stride)
+    ]
+    names = [name for name in tokenizer.model_input_names if name in encodings[0]]
+    tokens = [tokenizer.convert_ids_to_tokens(encoding["input_ids"]) for encoding in encodings]
+    segments = [window.take(whole_segments[window.text]) for window in windows]
 
     def describe(i: int, answer: Sequence[int]) -> str:
         if len(answer) == 2:
-            offsets = encodings[i]["offset_mapping"]
+            text = windows[i].text
+            offsets = windows[i].take(encodings[text]["offset_mapping"])
             first, last = (segments[i][token] for token in answer)
             if first != last or first == SPECIAL:
                 return "(no span)"
-            return rows[i][first - FIRST][offsets[answer[0]][0] : offsets[answer[1]][1]]
+            return rows[text][first - FIRST][offsets[answer[0]][0] : offsets[answer[1]][1]]
         return str((getattr(model.config, "id2label", None) or {}).get(answer[0], answer[0]))
 
     return Examples(
-        [{name: encoding[name] for name in names} for encoding in encodings],
-        [tokenizer.convert_ids_to_tokens(row) for row in ids],
+        [{name: window.take(encodings[window.text][name]) for name in names} for window in windows],
+        [window.take(tokens[window.text]) for window in windows],
         segments,
         describe,
         {"input_ids": tokenizer.pad_token_id or 0},
+        windows=windows if len(windows) > len(texts) else None,
     )
+
+
+def _windows(text: int, parts: list[int | None], limit: int, stride: int) -> list[Window]:
+    """The windows of a text whose tokens belong to `parts`: 0 or 1, or None for special tokens."""
+    length, last = len(parts), max(part for part in parts if part is not None)
+    # from the first to the last token of the last part: a [SEP] that stands in the text itself belongs to it
+    cut = range(parts.index(last), length - parts[::-1].index(last))
+    if length <= limit:
+        return [Window(text, length, cut, cut)]
+    repeated = length - len(cut)
+    room = limit - repeated
+    if room <= stride:
+        raise TooLongError(
+            f"text {text} has {length} tokens and the model takes {limit}, and {repeated} of them (special tokens and "
+            f"the first part of a pair) would stand in every window: no room there for more than the {stride} tokens "
+            "that windows share; shorten the first part, or give encode a smaller stride"
+        )
+    # no window after the one that reaches the end: it would hold nothing but what is shared
+    starts = range(cut.start, cut.stop - stride, room - stride)
+    return [Window(text, length, cut, range(start, min(start + room, cut.stop))) for start in starts]
 
 
 def length_limit(tokenizer: Any, model: Any) -> int:

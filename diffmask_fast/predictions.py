@@ -91,3 +91,20 @@ def answers(tables: LogProbabilities, allowed: Tensor | None = None) -> Tensor:
     ends = F.pad(end, (0, reach - 1), value=PADDING * 2).unfold(-1, reach, 1)
     best = (start.unsqueeze(-1) + ends).flatten(1).argmax(-1)
     return torch.stack([best // reach, best // reach + best % reach], dim=-1)
+
+
+def scored_answers(
+    output: Any, kind: str, tables: LogProbabilities, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`answers`, and what the answer of a text is chosen by among its windows.
+
+    Returns:
+        The answers, and of classes their log-probabilities (B, C), of spans the start logit plus the end logit (B, 1).
+        The latter are not normalised, as is usual on SQuAD: the probabilities of a window sum to 1 over that window, so
+        one that does not hold the answer would look as sure as the one that does.
+    """
+    found = answers(tables, allowed)
+    if kind != "span":
+        return found, tables[0]
+    starts, ends = _wide(output.start_logits), _wide(output.end_logits)
+    return found, starts.gather(1, found[:, :1]) + ends.gather(1, found[:, 1:])

@@ -158,7 +158,7 @@ def test_an_unknown_model_folder_is_refused(
     [
         (["--text", ""], "text 0 is empty: leave it out"),
         (["--text", "who ?", "--passage", " "], "text 0 is empty: leave it out"),
-        (["--text", "film " * 40], "text 0 has 42 tokens and the model takes 32"),
+        (["--text", "film " * 40, "--passage", "a cat"], "text 0 has 45 tokens and the model takes 32, and 43 of them"),
         (
             ["--text", "a", "--text", "b", "--passage", "c"],
             "2 --text and 1 --passage: give one passage for each text",
@@ -221,6 +221,21 @@ def test_texts_are_explained_saved_and_shown(qa_folder: Path, probe_file: Path, 
     one = runner.invoke(app, ["show", str(out), "--index", "1", "--site", "2"])
     assert summary.exit_code == one.exit_code == 0
     assert "embedding" in summary.output and "cat" in one.output
+
+
+def test_a_text_longer_than_the_model_takes_is_explained_and_shown_whole(
+    qa_folder: Path, probe_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    out, figure = tmp_path / "a.safetensors", tmp_path / "a.png"
+    common = ["explain", "--model", str(qa_folder), "--probe", str(probe_file), "--out", str(out)]
+    explained = runner.invoke(app, [*common, "--text", "who ?", "--passage", "film " * 70 + "queen"])
+    assert explained.exit_code == 0, explained.exception
+    assert "queen" in explained.output
+    (one,) = Attributions.load(out)
+    assert one.tokens == ["[CLS]", "who", "?", "[SEP]", *["film"] * 70, "queen", "[SEP]"]
+    shown = runner.invoke(app, ["show", str(out), "--index", "0", "--figure", str(figure)])
+    assert shown.exit_code == 0 and "queen" in shown.output and figure.exists()
 
 
 def test_show_writes_a_picture_and_a_page(qa_folder: Path, probe_file: Path, tmp_path: Path) -> None:

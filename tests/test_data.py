@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from diffmask_fast.data import Examples, TooLongError, encode, length_limit
+from diffmask_fast.data import Examples, TooLongError, Window, encode, length_limit
 
 PAIRS = [
     ("who was king?", "the old king walked in münchen ."),
@@ -65,11 +67,141 @@ def test_segments_tell_special_tokens_question_and_passage_apart(tokenizer: Any,
     assert single == [0, 1, 1, 0]
 
 
-def test_a_text_that_is_too_long_is_refused_with_both_numbers(tokenizer: Any, classifier: Any) -> None:
-    longest = ["film " * 30]  # 30 tokens, [CLS] and [SEP]: just what the model takes
-    assert encode(tokenizer, longest, classifier).lengths == [32]
-    with pytest.raises(TooLongError, match="text 1 has 33 tokens and the model takes 32: shorten or split it"):
-        encode(tokenizer, ["a film", "film " * 31], classifier)
+# Words that all differ from their neighbours, so that a token in a wrong place shows.
+STORY = (
+    "the old king walked in paris , a dull queen build ##ing the new house of fish and dog in rome . who is year 1 ?"
+)
+LONG = [
+    f"{STORY} {STORY} film",
+    ("who was the king ?", f"{STORY} {STORY}"),
+    ("what ?", f"[SEP] {STORY} [CLS] a film [SEP]"),
+]
+
+
+@pytest.mark.parametrize("stride", [0, 1, 8, 13])
+@pytest.mark.parametrize("text", LONG)
+def test_windows_are_those_that_the_tokenizer_makes_itself(
+    text: Any, stride: int, tokenizer: Any, classifier: Any
+) -> None:
+    row = (text,) if isinstance(text, str) else text
+    expected = tokenizer(
+        *row, truncation="only_first" if isinstance(text, str) else "only_second", max_length=32, stride=stride,
+        return_overflowing_tokens=True, return_offsets_mapping=True,
+    )  # fmt: skip
+    examples = encode(tokenizer, [text], classifier, stride)
+    assert len(examples) == len(expected["input_ids"]) > 1
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        assert [examples[i][name] for i in range(len(examples))] == expected[name]
+    assert examples.tokens == [tokenizer.convert_ids_to_tokens(ids) for ids in expected["input_ids"]]
+    for i, offsets in enumerate(expected["offset_mapping"]):
+        for token, kind in enumerate(examples.segments[i]):
+            if kind:
+                first, last = offsets[token]
+                assert examples.describe(i, (token, token)) == row[kind - 1][first:last]
+
+
+@pytest.mark.parametrize("stride", [0, 1, 8, 13])
+@pytest.mark.parametrize("text", LONG)
+def test_windows_hold_each_token_and_share_just_the_stride(
+    text: Any, stride: int, tokenizer: Any, classifier: Any
+) -> None:
+    row = (text,) if isinstance(text, str) else text
+    whole = tokenizer.convert_ids_to_tokens(tokenizer(*row)["input_ids"])
+    examples = encode(tokenizer, [text], classifier, stride)
+    windows = examples.windows
+    assert windows is not None and {(w.text, w.length, w.cut) for w in windows} == {(0, len(whole), windows[0].cut)}
+    for window, tokens in zip(windows, examples.tokens, strict=True):
+        assert [whole[at] for at in window.positions] == tokens
+        assert set(window.positions) - set(window.piece) == set(range(len(whole))) - set(window.cut)
+    assert sorted({at for window in windows for at in window.positions}) == list(range(len(whole)))
+    for before, after in pairwise(windows):
+        assert list(before.piece)[len(before.piece) - stride :] == list(after.piece)[:stride]
+        assert not set(list(before.piece)[: len(before.piece) - stride]) & set(after.piece)
+    assert examples.lengths[:-1] == [32] * (len(windows) - 1) and examples.lengths[-1] <= 32
+
+
+def test_one_token_too_many_makes_a_second_window(tokenizer: Any, classifier: Any) -> None:
+    fits = encode(tokenizer, ["film " * 30], classifier)  # with [CLS] and [SEP] just what the model takes
+    assert fits.lengths == [32] and fits.windows is None
+    cut = encode(tokenizer, ["film " * 31], classifier, stride=4)
+    assert cut.lengths == [32, 7]
+    assert cut.windows == [Window(0, 33, range(1, 32), range(1, 31)), Window(0, 33, range(1, 32), range(27, 32))]
+
+
+def test_windows_share_a_quarter_of_what_the_model_takes_but_128_tokens_at_most(
+    tokenizer: Any, classifier: Any
+) -> None:
+    for limit, expected in ((32, 8), (1024, 128)):
+        larger = copy.deepcopy(tokenizer)
+        larger.model_max_length = limit
+        first, second = encode(larger, ["film " * limit], None).windows or ()
+        assert len(set(first.piece) & set(second.piece)) == expected
+
+
+def test_texts_that_fit_stand_whole_between_texts_that_were_cut(tokenizer: Any, classifier: Any) -> None:
+    texts = ["a film", *LONG, ("who ?", "the king")]
+    examples = encode(tokenizer, texts, classifier, stride=5)
+    numbers = [window.text for window in examples.windows or ()]
+    assert numbers == sorted(numbers) and set(numbers) == set(range(5))
+    for text, at in ((0, 0), (4, len(examples) - 1)):
+        alone = encode(tokenizer, [texts[text]], classifier)
+        assert numbers.count(text) == 1 and numbers[at] == text
+        assert (examples[at], examples.tokens[at], examples.segments[at]) == (
+            alone[0],
+            alone.tokens[0],
+            alone.segments[0],
+        )
+
+
+def test_a_span_in_a_later_window_is_described_by_its_slice_of_the_whole_text(tokenizer: Any, classifier: Any) -> None:
+    examples = encode(tokenizer, [("Who ?", "film " * 40 + "the  OLD\tKing")], classifier, stride=3)
+    assert "old" not in examples.tokens[0]
+    start = examples.tokens[1].index("old")
+    assert examples.describe(1, (start, start + 1)) == "OLD\tKing"
+    assert examples.describe(1, (1, start)) == "(no span)"
+
+
+@pytest.mark.parametrize(
+    ("text", "stride", "said"),
+    [
+        (("film " * 25, "king " * 9), 4, "text 1 has 37 tokens and the model takes 32, and 28 of them"),
+        (("film " * 40, "king"), 0, "text 1 has 44 tokens and the model takes 32, and 43 of them"),
+        ("film " * 31, 30, "no room there for more than the 30 tokens that windows share"),
+    ],
+)
+def test_a_text_whose_windows_have_no_room_for_more_than_they_share_is_refused(
+    text: Any, stride: int, said: str, tokenizer: Any, classifier: Any
+) -> None:
+    with pytest.raises(TooLongError, match=said):
+        encode(tokenizer, ["a film", text], classifier, stride)
+    if stride:
+        assert len(encode(tokenizer, [text], classifier, stride - 1)) > 1
+
+
+def test_a_long_first_part_is_no_matter_where_the_pair_fits(tokenizer: Any, classifier: Any) -> None:
+    assert encode(tokenizer, [("film " * 27, "a cat")], classifier).windows is None
+
+
+@pytest.mark.parametrize(("stride", "error"), [(-1, ValueError), (2.0, TypeError), ("8", TypeError), (True, TypeError)])
+def test_a_stride_that_is_no_number_of_tokens_is_refused(
+    stride: Any, error: type[Exception], tokenizer: Any, classifier: Any
+) -> None:
+    with pytest.raises(error, match="stride"):
+        encode(tokenizer, ["a film"], classifier, stride)
+
+
+def test_a_model_for_long_texts_takes_them_in_one_piece(tokenizer: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ModernBertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3,
+    )  # fmt: skip
+    model = transformers.ModernBertForQuestionAnswering(config)
+    larger = copy.deepcopy(tokenizer)
+    larger.model_max_length = 8192
+    whole = encode(larger, [("who was king ?", "film " * 8000)], model)
+    assert whole.windows is None and whole.lengths == [8007]
+    assert encode(larger, [("who was king ?", "film " * 9000)], model).lengths == [8192, 9000 - (8192 - 7) + 128 + 7]
 
 
 def test_the_shorter_of_the_tokenizers_and_the_models_limit_counts(tokenizer: Any, tiny_bert: Any) -> None:
@@ -144,6 +276,14 @@ def test_select_takes_the_examples_in_the_order_asked_for(tokenizer: Any, classi
     assert chosen.collate([chosen[0]])["input_ids"].tolist() == [examples[2]["input_ids"]]
 
 
+def test_windows_are_selected_with_their_examples(tokenizer: Any, classifier: Any) -> None:
+    examples = encode(tokenizer, ["a film", *LONG], classifier)
+    assert examples.windows is not None
+    chosen = examples.select([3, 0, 2]).select([2, 0])
+    assert chosen.windows == [examples.windows[2], examples.windows[3]]
+    assert chosen.tokens == [examples.tokens[2], examples.tokens[3]]
+
+
 def test_a_selection_of_a_selection_still_describes_the_right_text() -> None:
     assert ragged().select([2, 0, 1]).select([1, 2]).describe(0, [7]) == "0:7"
 
@@ -156,6 +296,13 @@ def test_batches_hold_every_example_once_and_similar_lengths_together() -> None:
     assert [len(batch) for batch in batches] == [8, 8, 8, 8, 5]
     assert sorted(i for batch in batches for i in batch) == list(range(37))
     assert [lengths[i] for batch in batches for i in batch] == sorted(lengths)
+
+
+def test_batches_hold_every_window_once(tokenizer: Any, classifier: Any) -> None:
+    examples = encode(tokenizer, ["a film", *LONG], classifier)
+    batches = examples.batches(3)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
+    assert len(examples) > len(LONG) + 1
 
 
 @pytest.mark.parametrize("size", [0, -1])

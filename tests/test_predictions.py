@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
-from diffmask_fast.predictions import LONGEST_SPAN, answers, log_probabilities, prediction_kind
+from diffmask_fast.predictions import LONGEST_SPAN, answers, log_probabilities, prediction_kind, scored_answers
 from diffmask_fast.predictions import kl_divergence as ours
 
 EPS = torch.finfo(torch.float32).eps
@@ -108,6 +108,23 @@ def test_the_best_span_lies_on_real_tokens() -> None:
 def test_the_answer_of_a_classification_is_the_likeliest_class() -> None:
     assert answers(log_probabilities(torch.tensor([[0.0, 3.0, 1.0]]), "classification")).tolist() == [[1]]
     assert answers(log_probabilities(torch.tensor([-1.0, 1.0]), "binary")).tolist() == [[0], [1]]
+
+
+def test_the_score_of_a_span_is_its_start_logit_plus_its_end_logit() -> None:
+    start, end = draw(4, 9) + torch.tensor([[0.0], [5.0], [-5.0], [100.0]]), draw(4, 9, seed=1)
+    allowed = torch.rand(4, 9, generator=torch.Generator().manual_seed(2)) < 0.7
+    tables = log_probabilities(span(start, end), "span")
+    found, scores = scored_answers(span(start, end), "span", tables, allowed)
+    assert torch.equal(found, answers(tables, allowed))
+    for row, (first, last) in enumerate(found.tolist()):
+        assert scores[row].tolist() == [(start[row, first] + end[row, last]).item()]
+
+
+def test_the_scores_of_classes_are_their_log_probabilities() -> None:
+    for logits, kind in ((draw(3, 4), "classification"), (draw(3), "binary")):
+        tables = log_probabilities(logits, kind)
+        found, scores = scored_answers(logits, kind, tables)
+        assert torch.equal(found, answers(tables)) and torch.equal(scores, tables[0])
 
 
 @pytest.mark.parametrize(

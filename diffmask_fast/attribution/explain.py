@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from diffmask_fast.attribution.result import KEPT_ABOVE, Attributions
+from diffmask_fast.attribution.windows import merge, whole_texts
 from diffmask_fast.data import SECOND, Examples, encode
 from diffmask_fast.masking import frozen, keep_probabilities, masked_run
-from diffmask_fast.predictions import answers, kl_divergence, log_probabilities, prediction_kind
+from diffmask_fast.predictions import kl_divergence, log_probabilities, prediction_kind, scored_answers
 from diffmask_fast.probes import Probe
 from diffmask_fast.progress import progress
 from diffmask_fast.sites import Patched, patch
@@ -30,22 +31,34 @@ def explain(
 ) -> Attributions:
     """At which site does the model know that it can do without a token?
 
+    A text that is longer than the model takes is read in overlapping windows, see `encode`. Each is explained by
+    itself, and the text has one entry in the result:
+
+    * P(keep) of a token of the part that was cut is that of the window in which the token has the most of that part on
+      its scarcer side (of two alike, the earlier). Of a token that stands in every window ([CLS], the question, [SEP])
+      it is the largest: needed in one window is needed.
+    * A predicted span is the one of the window that gives its best span the highest start logit plus end logit, for
+      the original prediction and for each masked one; a predicted class has the highest mean probability over the
+      windows. `kept_prediction` compares these.
+    * The divergence is the mean over the windows, each masked by its own P(keep).
+
     Args:
         model: the trained model that the probe was trained on; it is left as it was.
         probe: a trained probe, see `load_probe`.
         texts: texts, pairs such as (question, passage), or encoded `Examples`.
         tokenizer: the model's Hugging Face tokenizer; not needed for `Examples`.
-        batch_size: texts a pass; texts of similar length go together. It does not change the result.
+        batch_size: texts or windows a pass; similar lengths go together. It does not change the result.
         meta: what to keep with the result (names, versions, seed).
         show_progress: show a bar with the time left.
 
     Returns:
         `Attributions`: P(keep) per token and site, and per site the prediction that the model makes with only tokens
-        whose P(keep) exceeds 0.5, with its divergence from the original one.
+        whose P(keep) exceeds 0.5, with its divergence from the original one. One entry per text, with all its tokens.
 
     Raises:
-        TypeError, ValueError: texts that are empty, too long or of the wrong kind; a probe that does not fit the model;
-            NaN in the model's states.
+        TypeError, ValueError: texts that are empty or of the wrong kind; a pair whose first part leaves the second no
+            room; `Examples` that hold some windows of a text, but not all; a probe that does not fit the model; NaN in
+            the model's states.
 
     Example:
         >>> result = explain(model, load_probe("run/probe.safetensors"), ["a fine film"], tokenizer)
@@ -57,6 +70,7 @@ def explain(
         texts = encode(tokenizer, [texts] if isinstance(texts, str) else texts, model)
     if not len(texts):
         raise ValueError("texts is empty: give at least one")
+    members = whole_texts(texts)
     refuse_unsupported(model)
     with frozen(model), patch(model) as patched:
         check_fit(patched, probe)
@@ -65,15 +79,16 @@ def explain(
         for batch in progress(batches, "explain", show_progress):
             for i, row in zip(batch, explain_batch(patched, probe, texts, batch), strict=True):
                 rows[i] = row
+    merged = [merge(texts, numbers, [rows[i] for i in numbers]) for numbers in members]
     return Attributions(
-        tokens=texts.tokens,
+        tokens=[text["tokens"] for text in merged],
         site_names=tuple(site.name for site in patched.sites),
-        keep=torch.cat([row["keep"] for row in rows]),
-        segments=torch.tensor([kind for text in texts.segments for kind in text], dtype=torch.int8),
-        divergence=torch.stack([row["divergence"] for row in rows]),
-        original=[row["original"] for row in rows],
-        masked=[row["masked"] for row in rows],
-        kept_prediction=torch.stack([row["kept_prediction"] for row in rows]),
+        keep=torch.cat([text["keep"] for text in merged]),
+        segments=torch.tensor([kind for text in merged for kind in text["segments"]], dtype=torch.int8),
+        divergence=torch.stack([text["divergence"] for text in merged]),
+        original=[text["original"] for text in merged],
+        masked=[text["masked"] for text in merged],
+        kept_prediction=torch.stack([text["kept_prediction"] for text in merged]),
         masking=probe.masking,
         meta=meta or {},
     )
@@ -98,7 +113,9 @@ def refuse_unsupported(model: nn.Module) -> None:
 
 
 def explain_batch(patched: Patched, probe: Probe, texts: Examples, batch: list[int]) -> list[dict[str, Any]]:
-    """The rows of `Attributions` for the examples numbered in `batch`."""
+    """What there is to say about each of the examples numbered in `batch`: P(keep) `keep` (T, S), `divergence` (S,),
+    and of the original and the S masked predictions what `scored_answers` says: `answers` (1 + S, 1 or 2) and `scores`
+    (1 + S, C or 1)."""
     inputs = to_inputs(texts, batch, probe)
     output, states = patched.run(inputs, capture=range(probe.num_sites))
     for site, state in states.items():
@@ -109,26 +126,25 @@ def explain_batch(patched: Patched, probe: Probe, texts: Examples, batch: list[i
     original = log_probabilities(output, kind, real)
     for table in original:
         check_finite(table, "the model's prediction")
-    predicted = answers(original, allowed)
+    predictions = [scored_answers(output, kind, original, allowed)]
     keep = keep_probabilities(probe, states)
-    divergence, masked = [], []
+    divergence = []
     for site in range(probe.num_sites):
         gates = (keep[..., site] > KEPT_ABOVE).float()
-        tables = log_probabilities(masked_run(patched, inputs, probe, states, site, gates), kind, real)
+        masked = masked_run(patched, inputs, probe, states, site, gates)
+        tables = log_probabilities(masked, kind, real)
         for table in tables:
             check_finite(table, f"the masked prediction of site {site} ({patched.sites[site].name})")
         divergence.append(kl_divergence(original, tables).clamp(min=0))
-        masked.append(answers(tables, allowed))
-    divergences, answered = torch.stack(divergence, -1).cpu(), torch.stack(masked, 1).cpu()
-    keep, predicted = keep.float().cpu(), predicted.cpu()
-    kept = (answered == predicted.unsqueeze(1)).all(-1)
+        predictions.append(scored_answers(masked, kind, tables, allowed))
+    keep, divergences = keep.float().cpu(), torch.stack(divergence, -1).cpu()
+    answers, scores = (torch.stack(parts, 1).cpu() for parts in zip(*predictions, strict=True))
     return [
         {
             "keep": keep[row, : len(texts.tokens[i])],
             "divergence": divergences[row],
-            "original": texts.describe(i, predicted[row].tolist()),
-            "masked": [texts.describe(i, answer) for answer in answered[row].tolist()],
-            "kept_prediction": kept[row],
+            "answers": answers[row],
+            "scores": scores[row],
         }
         for row, i in enumerate(batch)
     ]

@@ -79,7 +79,8 @@ class Attributions:
         masking: "input" or "hidden".
         meta: what one needs to know to trust or repeat it (model, versions, seed, tolerance); has to be JSON.
 
-    All tensors live on the CPU and need no gradient.
+    All tensors live on the CPU and need no gradient. Of a text that was read in windows, `explain` says how these
+    follow from what was found in each.
 
     Raises:
         TypeError: a field of the wrong type, dtype or device.

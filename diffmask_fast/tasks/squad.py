@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from diffmask_fast import runs
 from diffmask_fast.attribution.explain import explain
-from diffmask_fast.data import Examples, TooLongError, encode, length_limit
+from diffmask_fast.data import Examples, encode
 from diffmask_fast.models import load_for
 from diffmask_fast.probes import save_probe
 from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
@@ -73,14 +74,11 @@ def _from_hub(name: str, split: str) -> list[tuple[str, str]]:
     return list(zip((q.strip() for q in rows["question"]), rows["context"], strict=True))
 
 
-def squad_examples(pairs: list[tuple[str, str]], tokenizer: Any, model: Any) -> tuple[Examples, int]:
-    """The encoded pairs that fit the model, and how many do not: those are left out, so say so."""
-    limit = length_limit(tokenizer, model)
-    lengths = [len(ids) for ids in tokenizer([q for q, _ in pairs], [p for _, p in pairs], verbose=False)["input_ids"]]
-    fitting = [pair for pair, length in zip(pairs, lengths, strict=True) if length <= limit]
-    if not fitting:
-        raise TooLongError(f"all {len(pairs)} questions with their passages are longer than the model's {limit} tokens")
-    return encode(tokenizer, fitting, model), len(pairs) - len(fitting)
+def windowed(examples: Examples) -> tuple[int, int]:
+    """How many questions are longer with their passages than the model takes, and how many windows those became."""
+    windows = Counter(window.text for window in examples.windows or ())
+    several = [count for count in windows.values() if count > 1]
+    return len(several), sum(several)
 
 
 def run(
@@ -112,8 +110,9 @@ def run(
         quiet: no bars.
 
     Returns:
-        The metrics: `sites.<name>` and `overall` with what `attribution_metrics` and `sampled_metrics` measure, counts
-        of questions, `seconds` (all of it, this time).
+        The metrics: `sites.<name>` and `overall` with what `attribution_metrics` and `sampled_metrics` measure,
+        `questions`, `seconds` (all of it, this time). `questions` counts those of `train` and `eval`, and for both
+        how many of them were `windowed`, being longer than the model takes, and how many `windows` those became.
     """
     start = time.monotonic()
     chosen = recipe_named(recipe, RECIPES)
@@ -138,10 +137,13 @@ def run(
 
     model = load_for(model_path, "QuestionAnswering")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    training, too_long = squad_examples(pairs, tokenizer, model)
-    evaluation, eval_too_long = squad_examples(eval_pairs, tokenizer, model)
-    if too_long + eval_too_long and not quiet:
-        print(f"left out, longer than the model takes: {too_long} training and {eval_too_long} evaluation questions")
+    training, evaluation = encode(tokenizer, pairs, model), encode(tokenizer, eval_pairs, model)
+    (cut, windows), (eval_cut, eval_windows) = windowed(training), windowed(evaluation)
+    if cut + eval_cut and not quiet:
+        print(
+            "longer than the model takes, read in overlapping windows: "
+            f"training questions {cut} ({windows} windows), evaluation questions {eval_cut} ({eval_windows} windows)"
+        )
     torch.manual_seed(seed)
     probe = fresh_probe(model, training, chosen, "input", mask_token=tokenizer.mask_token_id)
     train_probe(
@@ -168,7 +170,12 @@ def run(
     sampled = sampled_metrics(model, probe, evaluation, seed=seed, show_progress=not quiet)
     metrics = {
         **by_site(attributions.site_names, sampled, attribution_metrics(attributions)),
-        "questions": {"train": len(training), "eval": len(evaluation), "too_long": [too_long, eval_too_long]},
+        "questions": {
+            "train": len(pairs),
+            "eval": len(eval_pairs),
+            "windowed": [cut, eval_cut],
+            "windows": [windows, eval_windows],
+        },
         "seconds": round(time.monotonic() - start, 1),
     }
     runs.finish(folder, metrics, attributions, "SQuAD: which words are needed")

@@ -32,6 +32,8 @@ def sampled_metrics(
 ) -> list[dict[str, float]]:
     """Per site, one draw of the gates for every example.
 
+    A text that was cut counts as its windows do, each for itself as in training; `attribution_metrics` counts texts.
+
     Returns:
         For each site `sampled_kl` (nats, mean over examples), `sampled_open` (share of real tokens whose gate is not 0,
         mean over examples) and `sampled_kept_prediction` (share of examples whose prediction stays).
@@ -70,7 +72,7 @@ def _draw(probe: Probe, states: dict[int, Tensor], seed: Tensor) -> list[Tensor]
 
 def attribution_metrics(attributions: Attributions) -> list[dict[str, float]]:
     """Per site, with the gates thresholded as an attribution is used: `kl`, `open` (share of tokens kept, mean over
-    examples), `kept_prediction`, and `open_question` and `open_passage` where the texts are pairs."""
+    texts), `kept_prediction`, and `open_question` and `open_passage` where the texts are pairs."""
     kept = replace(attributions, keep=(attributions.keep > KEPT_ABOVE).float())
     columns: dict[str, Tensor] = {
         "kl": attributions.divergence.mean(0),

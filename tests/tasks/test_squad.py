@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffmask_fast.attribution import Attributions
-from diffmask_fast.data import TooLongError
+from diffmask_fast.data import encode
 from diffmask_fast.probes import load_probe
 from diffmask_fast.tasks import squad
 
@@ -96,12 +96,33 @@ def test_a_folder_is_no_squad_file(tmp_path: Path) -> None:
         squad.read_squad(tmp_path)
 
 
-def test_questions_longer_than_the_model_takes_are_counted_and_left_out(tokenizer: Any, tiny_bert: Any) -> None:
-    pairs = [QUESTIONS[0], ("who ?", "film " * 40), QUESTIONS[1]]
-    examples, too_long = squad.squad_examples(pairs, tokenizer, tiny_bert("ForQuestionAnswering"))
-    assert (len(examples), too_long) == (2, 1)
-    with pytest.raises(TooLongError, match="all 1 questions with their passages are longer than the model's 32 tokens"):
-        squad.squad_examples(pairs[1:2], tokenizer, tiny_bert("ForQuestionAnswering"))
+LONG = ("who is red ?", "the old king walked in münchen , " * 12 + "a red bird")
+
+
+def test_questions_longer_than_the_model_takes_are_counted_with_their_windows(tokenizer: Any, tiny_bert: Any) -> None:
+    model = tiny_bert("ForQuestionAnswering")
+    assert squad.windowed(encode(tokenizer, QUESTIONS, model)) == (0, 0)
+    examples = encode(tokenizer, [QUESTIONS[0], LONG, QUESTIONS[1], LONG, ("who ?", "film " * 29)], model)
+    # 99 tokens of passage, 25 a window, of which 8 are shared: 25 and 17 more each time; and 29 where 27 have room
+    assert squad.windowed(examples) == (3, 6 + 6 + 2)
+    assert len(examples) == 2 + 14
+
+
+def test_a_run_reads_long_questions_in_windows_and_says_so(
+    qa_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    train, dev = tmp_path / "train.json", tmp_path / "dev.json"
+    train.write_text(json.dumps(as_squad([*QUESTIONS, LONG])))
+    dev.write_text(json.dumps(as_squad([LONG, QUESTIONS[0]])))
+    metrics = squad.run(str(qa_folder), train, dev, tmp_path / "run", epochs=2.0, bf16=False)
+    check_metrics(metrics, sites=4)
+    assert metrics["questions"] == {"train": 4, "eval": 2, "windowed": [1, 1], "windows": [6, 6]}
+    said = "in overlapping windows: training questions 1 (6 windows), evaluation questions 1 (6 windows)"
+    assert said in capsys.readouterr().out
+    attributions = Attributions.load(tmp_path / "run" / "attributions.safetensors")
+    assert len(attributions) == 2 and len(attributions[0].tokens) == 106
+    assert attributions[0].original in LONG[1]
 
 
 def check_metrics(metrics: dict, sites: int) -> None:
@@ -120,7 +141,7 @@ def test_a_run_goes_from_questions_to_a_report_and_a_finished_one_is_not_run_aga
     out, options = tmp_path / "run", {"recipe": recipe, "epochs": 2.0, "bf16": False, "quiet": True}
     metrics = squad.run(str(qa_folder), questions, questions, out, **options)
     check_metrics(metrics, sites=4)
-    assert metrics["questions"] == {"train": 3, "eval": 3, "too_long": [0, 0]}
+    assert metrics["questions"] == {"train": 3, "eval": 3, "windowed": [0, 0], "windows": [0, 0]}
     assert json.loads((out / "metrics.json").read_text()) == metrics
     attributions, probe = (
         Attributions.load(out / "attributions.safetensors"),
@@ -179,7 +200,7 @@ def test_a_run_on_real_questions_and_a_real_model_leaves_sound_metrics(shared: P
         limit=16, epochs=1.0, quiet=True,
     )  # fmt: skip
     check_metrics(metrics, sites=8)
-    assert metrics["questions"]["eval"] + metrics["questions"]["too_long"][1] == 16
+    assert metrics["questions"]["train"] == metrics["questions"]["eval"] == 16
     attributions = Attributions.load(tmp_path / "run" / "attributions.safetensors")
     assert (attributions.keep[:, 1:] <= attributions.keep[:, :-1]).all()
     assert all(original != "(no span)" for original in attributions.original)

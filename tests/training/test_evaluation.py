@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from diffmask_fast.attribution import Attributions
+from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import encode
 from diffmask_fast.probes import Probe
 from diffmask_fast.training.evaluation import _draw, attribution_metrics, by_site, sampled_metrics
@@ -76,6 +78,19 @@ def test_measuring_draws_nothing_from_the_global_generator(tiny_bert: Any, token
     before = torch.get_rng_state()
     sampled_metrics(model, probe, examples)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_each_window_of_a_long_text_is_measured_for_itself(tiny_bert: Any, tokenizer: Any) -> None:
+    model, probe = tiny_bert(), a_probe("input", 0.5)
+    examples = encode(tokenizer, ["a fine film", "the old king walked in paris . " * 10], model)
+    assert examples.windows is not None and len(examples) == 5
+    assert sampled_metrics(model, probe, examples) == sampled_metrics(model, probe, replace(examples, windows=None))
+    by_text = attribution_metrics(explain(model, probe, examples))
+    by_window = attribution_metrics(explain(model, probe, replace(examples, windows=None)))
+    # the mean over two texts, one of which has the mean over its four windows; not over five windows
+    short, long = explain(model, probe, examples).divergence
+    assert [site["kl"] for site in by_text] == pytest.approx(((short + long) / 2).tolist())
+    assert [site["kl"] for site in by_window] == pytest.approx(((short + 4 * long) / 5).tolist())
 
 
 def test_sites_of_hidden_masking_draw_independent_gates() -> None:

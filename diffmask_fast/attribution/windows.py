@@ -1,0 +1,106 @@
+"""One result for a text that was read in windows; `explain` says by which rule.
+
+A text that was not cut is its own only window, and comes out of all this to the bit as it went in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmask_fast.data import Examples, Window
+
+
+def whole_texts(examples: Examples) -> list[list[int]]:
+    """The numbers of each text's windows, text after text.
+
+    Raises:
+        ValueError: windows that do not hold the whole of their text, or do not follow one another.
+    """
+    if examples.windows is None:
+        return [[i] for i in range(len(examples))]
+    texts: list[list[int]] = []
+    before = None
+    for i, window in enumerate(examples.windows):
+        # a piece that does not lie further on begins the text again: the same text may have been selected twice
+        if before is None or window.text != before.text or window.piece.start <= before.piece.start:
+            texts.append([])
+        texts[-1].append(i)
+        before = window
+    for numbers in texts:
+        windows = [examples.windows[i] for i in numbers]
+        if {token for window in windows for token in window.piece} != set(windows[0].cut):
+            raise ValueError(
+                f"text {windows[0].text} is not whole here: give all its windows, one behind the other as encode does"
+            )
+    return texts
+
+
+def merge(examples: Examples, numbers: list[int], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `explain_batch` says about the windows of one text, as what it would say about the text.
+
+    Args:
+        examples: holds the windows.
+        numbers: their numbers, in order.
+        rows: what was said about each.
+    """
+    if examples.windows is None:
+        length = len(examples.tokens[numbers[0]])
+        windows = [Window(numbers[0], length, range(length), range(length))]
+    else:
+        windows = [examples.windows[i] for i in numbers]
+    tokens, segments = [""] * windows[0].length, [0] * windows[0].length
+    for i, window in zip(numbers, windows, strict=True):
+        for at, token, segment in zip(window.positions, examples.tokens[i], examples.segments[i], strict=True):
+            tokens[at], segments[at] = token, segment
+    answers, words = merge_answers(examples, numbers, windows, rows)
+    return {
+        "tokens": tokens,
+        "segments": segments,
+        "keep": merge_keep(windows, [row["keep"] for row in rows]),
+        "divergence": torch.stack([row["divergence"] for row in rows]).mean(0),
+        "original": words[0],
+        "masked": words[1:],
+        "kept_prediction": torch.tensor([answer == answers[0] for answer in answers[1:]]),
+    }
+
+
+def merge_keep(windows: list[Window], keeps: list[Tensor]) -> Tensor:
+    """(T, S) P(keep) in the whole text, from the (T_w, S) of each window.
+
+    Of the part that was cut, a token has its value from the window in which it has the most tokens of that part on its
+    scarcer side, the earlier one where two have as many. What stands in every window has the largest of its values.
+    """
+    merged = keeps[0].new_zeros(windows[0].length, keeps[0].shape[1])
+    most = torch.full((windows[0].length,), -1)  # tokens on the scarcer side, so far
+    for window, keep in zip(windows, keeps, strict=True):
+        at = torch.tensor(window.positions)
+        context = torch.minimum(at - window.piece.start, window.piece.stop - 1 - at)  # < 0 in front and behind
+        chosen = torch.where((context > most[at])[:, None], keep, merged[at])
+        merged[at] = torch.where((context >= 0)[:, None], chosen, torch.maximum(merged[at], keep))
+        most[at] = torch.maximum(most[at], context)
+    return merged
+
+
+def merge_answers(
+    examples: Examples, numbers: list[int], windows: list[Window], rows: list[dict[str, Any]]
+) -> tuple[list[tuple[int, ...]], list[str]]:
+    """The text's answers, the original one and then one per site, and the same in words.
+
+    A span is that of the window that gives its own best span the highest score (the earlier one of two alike), and
+    numbered as the whole text's tokens are. A class is the one with the highest mean probability over the windows.
+    """
+    scores = torch.stack([row["scores"] for row in rows])  # (windows, 1 + S, C or 1)
+    found: list[tuple[int, ...]] = []
+    words = []
+    if rows[0]["answers"].shape[-1] == 1:
+        # log of the sum, which of one window is that window's own log-probability, exactly
+        found = [(answer,) for answer in scores.logsumexp(0).argmax(-1).tolist()]
+        return found, [examples.describe(numbers[0], answer) for answer in found]
+    for prediction, best in enumerate(scores.squeeze(-1).argmax(0).tolist()):
+        span, positions = rows[best]["answers"][prediction].tolist(), windows[best].positions
+        found.append(tuple(positions[token] for token in span))
+        words.append(examples.describe(numbers[best], span))
+    return found, words
