@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
-from diffmask_fast.data import Examples
+from diffmask_fast.data import Examples, encode
 from diffmask_fast.masking import frozen
 from diffmask_fast.models import load_for
 from diffmask_fast.ops import draw_seed, uniforms
 from diffmask_fast.probes import Probe
 from diffmask_fast.sites import patch
-from diffmask_fast.tasks.squad import RECIPES, read_squad, squad_examples
+from diffmask_fast.tasks.squad import RECIPES, read_squad
 from diffmask_fast.training import backbone
 from diffmask_fast.training.objective import Objective
 from diffmask_fast.training.remembered import remembered_for
@@ -206,7 +206,7 @@ def main() -> None:
         large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
         model = BertForQuestionAnswering(BertConfig(vocab_size=model.config.vocab_size, **large)).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
-    every, _ = squad_examples(read_squad(options.data), tokenizer, model)
+    every = encode(tokenizer, read_squad(options.data), model)
     fitting = [i for i, length in enumerate(every.lengths) if length <= PADDED]  # the published recipe drops the rest
     examples = every.select(fitting)
     rows = []

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffmask_fast import processes
 from diffmask_fast.attribution.result import KEPT_ABOVE, Attributions
 from diffmask_fast.attribution.windows import merge, whole_texts
 from diffmask_fast.data import SECOND, Examples, encode
@@ -28,6 +29,7 @@ def explain(
     batch_size: int = 16,
     meta: dict[str, Any] | None = None,
     show_progress: bool = False,
+    shared: bool = False,
 ) -> Attributions:
     """At which site does the model know that it can do without a token?
 
@@ -50,6 +52,8 @@ def explain(
         batch_size: texts or windows a pass; similar lengths go together. It does not change the result.
         meta: what to keep with the result (names, versions, seed).
         show_progress: show a bar with the time left.
+        shared: where `torchrun` started several processes, each takes its share of the texts, and all return the whole
+            result; all of them must call this, with the same texts.
 
     Returns:
         `Attributions`: P(keep) per token and site, and per site the prediction that the model makes with only tokens
@@ -74,11 +78,12 @@ def explain(
     refuse_unsupported(model)
     with frozen(model), patch(model) as patched:
         check_fit(patched, probe)
-        rows: list[dict[str, Any]] = [{} for _ in range(len(texts))]
+        rows: dict[int, dict[str, Any]] = {}
         batches = texts.batches(batch_size)
-        for batch in progress(batches, "explain", show_progress):
-            for i, row in zip(batch, explain_batch(patched, probe, texts, batch), strict=True):
-                rows[i] = row
+        for batch in progress(processes.share(batches) if shared else batches, "explain", show_progress):
+            rows |= zip(batch, explain_batch(patched, probe, texts, batch), strict=True)
+        if shared:
+            rows = processes.gather(rows)
     merged = [merge(texts, numbers, [rows[i] for i in numbers]) for numbers in members]
     return Attributions(
         tokens=[text["tokens"] for text in merged],

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diffmask_fast import runs
+from diffmask_fast import processes, runs
 from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import Examples, encode
 from diffmask_fast.models import load_for
@@ -165,9 +165,9 @@ def run(
         "recipe": recipe,
         "versions": runs.versions(),
     }
-    save_probe(probe, folder / "probe.safetensors", meta)
-    attributions = explain(model, probe, evaluation, meta=meta, show_progress=not quiet)
-    sampled = sampled_metrics(model, probe, evaluation, seed=seed, show_progress=not quiet)
+    bar = processes.is_first() and not quiet
+    attributions = explain(model, probe, evaluation, meta=meta, show_progress=bar, shared=True)
+    sampled = sampled_metrics(model, probe, evaluation, seed=seed, show_progress=bar, shared=True)
     metrics = {
         **by_site(attributions.site_names, sampled, attribution_metrics(attributions)),
         "questions": {
@@ -178,5 +178,8 @@ def run(
         },
         "seconds": round(time.monotonic() - start, 1),
     }
-    runs.finish(folder, metrics, attributions, "SQuAD: which words are needed")
+    if processes.is_first():
+        save_probe(probe, folder / "probe.safetensors", meta)
+        runs.finish(folder, metrics, attributions, "SQuAD: which words are needed")
+    processes.wait()
     return metrics

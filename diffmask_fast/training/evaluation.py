@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffmask_fast import processes
 from diffmask_fast.attribution import Attributions
 from diffmask_fast.attribution.explain import allowed_span, check_fit, to_inputs
 from diffmask_fast.attribution.result import KEPT_ABOVE
@@ -29,34 +30,42 @@ def sampled_metrics(
     batch_size: int = 16,
     seed: int = 0,
     show_progress: bool = False,
+    shared: bool = False,
 ) -> list[dict[str, float]]:
     """Per site, one draw of the gates for every example.
 
     A text that was cut counts as its windows do, each for itself as in training; `attribution_metrics` counts texts.
+
+    The batches and their draws are the same for any number of processes; with `shared`, see `explain`, each takes some.
 
     Returns:
         For each site `sampled_kl` (nats, mean over examples), `sampled_open` (share of real tokens whose gate is not 0,
         mean over examples) and `sampled_kept_prediction` (share of examples whose prediction stays).
     """
     generator = torch.Generator().manual_seed(seed)
-    totals = torch.zeros(probe.num_sites, 3, dtype=torch.float64)
+    totals: dict[int, Tensor] = {}
     with frozen(model), patch(model) as patched:
         check_fit(patched, probe)
-        for batch in progress(examples.batches(batch_size), "evaluate", show_progress):
+        batches = [(i, batch, draw_seed(generator)) for i, batch in enumerate(examples.batches(batch_size))]
+        for i, batch, drawn in progress(processes.share(batches) if shared else batches, "evaluate", show_progress):
+            totals[i] = torch.zeros(probe.num_sites, 3, dtype=torch.float64)
             inputs = to_inputs(examples, batch, probe)
             output, states = patched.run(inputs, capture=range(probe.num_sites))
             real, kind = inputs["attention_mask"], prediction_kind(output)
             allowed = allowed_span(examples, batch).to(real.device)
             original = log_probabilities(output, kind, real)
             predicted = answers(original, allowed)
-            for site, gates in enumerate(_draw(probe, states, draw_seed(generator).to(real.device))):
+            for site, gates in enumerate(_draw(probe, states, drawn.to(real.device))):
                 masked = log_probabilities(masked_run(patched, inputs, probe, states, site, gates), kind, real)
                 kept = (answers(masked, allowed) == predicted).all(-1)
                 opened = ((gates != 0) * real).sum(-1) / real.sum(-1)
                 rows = torch.stack([kl_divergence(original, masked), opened, kept.float()])
-                totals[site] += rows.double().sum(-1).cpu()
+                totals[i][site] = rows.double().sum(-1).cpu()
+    if shared:
+        totals = processes.gather(totals)
     names = ("sampled_kl", "sampled_open", "sampled_kept_prediction")
-    return [dict(zip(names, row, strict=True)) for row in (totals / len(examples)).tolist()]
+    means = torch.stack([totals[i] for i in sorted(totals)]).sum(0) / len(examples)
+    return [dict(zip(names, row, strict=True)) for row in means.tolist()]
 
 
 def _draw(probe: Probe, states: dict[int, Tensor], seed: Tensor) -> list[Tensor]:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +207,51 @@ def test_a_run_on_real_questions_and_a_real_model_leaves_sound_metrics(shared: P
     attributions = Attributions.load(tmp_path / "run" / "attributions.safetensors")
     assert (attributions.keep[:, 1:] <= attributions.keep[:, :-1]).all()
     assert all(original != "(no span)" for original in attributions.original)
+
+
+SHARED_OUT = """
+import sys, torch
+from diffmask_fast import explain, load_probe, processes
+from diffmask_fast.data import encode
+from diffmask_fast.models import load_for
+from diffmask_fast.runs import write_json
+from diffmask_fast.tasks.squad import read_squad
+from diffmask_fast.training.evaluation import sampled_metrics
+from transformers import AutoTokenizer
+folder, questions, probe, out = sys.argv[1:]
+torch.set_num_threads(1)
+model = load_for(folder)
+texts = encode(AutoTokenizer.from_pretrained(folder), read_squad(questions), model)
+asked = model, load_probe(probe), texts
+alone = explain(*asked, batch_size=1), sampled_metrics(*asked, batch_size=1)
+torch.distributed.init_process_group("gloo")
+assert len(processes.share(texts.batches(1))) < len(texts.batches(1))
+both = explain(*asked, batch_size=1, shared=True), sampled_metrics(*asked, batch_size=1, shared=True)
+assert both[0].to_dict() == alone[0].to_dict() and both[1] == alone[1]
+if processes.is_first():
+    write_json(out, len(both[0]))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_leave_one_run(questions: Path, qa_folder: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run, script = tmp_path / "run", tmp_path / "script.py"
+    options = ["--model", qa_folder, "--train", questions, "--eval", questions, "--out", run, "--epochs", "1"]
+    program = Path(sys.executable).parent / "diffmask-fast"
+    command = [*launch, "--no-python", program, "train", "squad", *map(str, options), "--no-bf16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    check_metrics(json.loads((run / "metrics.json").read_text()), sites=4)
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+    script.write_text(SHARED_OUT)
+    arguments = [qa_folder, questions, run / "probe.safetensors", tmp_path / "texts.json"]
+    done = subprocess.run(
+        [*launch, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    texts = sum(len(p["qas"]) for a in json.loads(questions.read_text())["data"] for p in a["paragraphs"])
+    assert json.loads((tmp_path / "texts.json").read_text()) == texts
