@@ -158,7 +158,7 @@ def ready(
     batch = examples.collate([examples[i] for i in numbers])
     dtype = torch.bfloat16 if contender.precision == "bfloat16" else None
     stack.enter_context(frozen(model))
-    stack.enter_context(backbone.running_in(model, dtype, 0 if contender.attention else backbone.EAGER_UP_TO + 1))
+    stack.enter_context(backbone.running_in(model, dtype, 0 if contender.attention else backbone.PRODUCTS_UP_TO + 1))
     patched = stack.enter_context(patch(model))
     key = (id(model), masking)
     if key not in _objectives:

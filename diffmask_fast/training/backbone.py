@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-EAGER_UP_TO = 512
+PRODUCTS = "diffmask_fast_products"
+PRODUCTS_UP_TO = 512
 """Tokens up to which, in 16 bits on a CPU, attention by plain products is preferred: PyTorch's fused kernel takes two
 to four times as long there, most of it in backward (bench/train_step.py shows what that is of a step). Memory grows
 with the square of the length, so longer texts keep the model's own attention."""
@@ -50,7 +51,7 @@ def running_in(model: nn.Module, dtype: torch.dtype | None, longest: int) -> Ite
         for parameter, value in kept.items():
             parameter.data = value.to(dtype)
         if attention is not None:
-            _set_attention(model, "eager")
+            _set_attention(model, PRODUCTS)
         yield model
     finally:
         for parameter, value in kept.items():
@@ -65,9 +66,51 @@ def _attention_to_restore(model: nn.Module, dtype: torch.dtype | None, longest: 
     attention = getattr(config, "_attn_implementation", None)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     several = getattr(config, "sub_configs", None)  # each part of such a model has its own
-    faster = dtype in (torch.bfloat16, torch.float16) and on_cpu and longest <= EAGER_UP_TO
+    faster = dtype in (torch.bfloat16, torch.float16) and on_cpu and longest <= PRODUCTS_UP_TO
     return attention if faster and attention == "sdpa" and not several else None
 
 
 def _set_attention(model: Any, name: str) -> None:
+    if name == PRODUCTS:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        AttentionInterface.register(PRODUCTS, attention_by_products)
+        AttentionMaskInterface.register(PRODUCTS, sdpa_mask)
     model.set_attn_implementation(name)
+
+
+def attention_by_products(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' "sdpa" computes, as two matrix products and a softmax in the states' own dtype.
+
+    Of a layer nothing but the weights is kept for backward: 2 bytes each, where transformers' "eager" keeps 6.
+
+    Args:
+        module, query, key, value, attention_mask, scaling, is_causal: as transformers hands them to an attention;
+            query (B, heads, T, D), key and value with as many heads or a divisor of that.
+        dropout: a frozen model has none.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query * scale) @ key.transpose(-1, -2)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if attention_mask is None and is_causal and query.shape[2] > 1:
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores.add_(attention_mask)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None

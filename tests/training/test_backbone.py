@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("transformers")
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
 from diffmask_fast.masking import frozen
 from diffmask_fast.sites import patch
-from diffmask_fast.training.backbone import EAGER_UP_TO, compiled, running_in
+from diffmask_fast.training.backbone import PRODUCTS, PRODUCTS_UP_TO, attention_by_products, compiled, running_in
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -36,8 +39,8 @@ def test_afterwards_the_model_is_as_it_was_to_the_last_bit(tiny_bert: Any, fails
 @pytest.mark.parametrize(
     ("dtype", "longest", "own", "expected"),
     [
-        (torch.bfloat16, EAGER_UP_TO, "sdpa", "eager"),
-        (torch.bfloat16, EAGER_UP_TO + 1, "sdpa", "sdpa"),
+        (torch.bfloat16, PRODUCTS_UP_TO, "sdpa", PRODUCTS),
+        (torch.bfloat16, PRODUCTS_UP_TO + 1, "sdpa", "sdpa"),
         (torch.bfloat16, 3, "eager", "eager"),
         (None, 3, "sdpa", "sdpa"),
     ],
@@ -90,3 +93,32 @@ def test_compiled_layers_give_the_plain_states_whatever_is_captured_and_make_no_
         after = patched.run(inputs, capture=range(4))
     assert torch.equal(after.output.logits, plain.output.logits)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "added"])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_by_products_is_that_of_sdpa(mask: str, heads: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 5, 8, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(2, heads, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    real = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()[:, None, None].expand(2, 1, 5, 5)
+    given = {"bool": real, "added": torch.zeros(2, 1, 5, 5).double().masked_fill(~real, -1e9)}.get(mask)
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = mask == "causal", 4 // heads
+    grad = torch.randn(2, 5, 4, 8, dtype=torch.float64)
+    results = []
+    for attend in (attention_by_products, sdpa_attention_forward):
+        out, _ = attend(module, query, key, value, given, scaling=0.3)
+        results.append((out, *torch.autograd.grad(out, (query, key, value), grad)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_masked_by_products_a_padded_text_has_the_states_of_the_text_alone(tiny_bert: Any) -> None:
+    model = tiny_bert("ForSequenceClassification", attn_implementation="sdpa")
+    alone = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    padded = {name: torch.nn.functional.pad(value, (0, 2)) for name, value in alone.items()}
+    with running_in(model, torch.bfloat16, 5), torch.no_grad():
+        one, other = model(**alone).logits, model(**padded).logits
+    # the same products of 8-bit mantissas, perhaps in another order
+    torch.testing.assert_close(one, other, rtol=0, atol=0.02)
