@@ -67,7 +67,8 @@ def _attention_to_restore(model: nn.Module, dtype: torch.dtype | None, longest: 
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     several = getattr(config, "sub_configs", None)  # each part of such a model has its own
     faster = dtype in (torch.bfloat16, torch.float16) and on_cpu and longest <= PRODUCTS_UP_TO
-    return attention if faster and attention == "sdpa" and not several else None
+    can = getattr(model, "_can_set_attn_implementation", None)  # older models choose theirs when they are made
+    return attention if faster and attention == "sdpa" and not several and can is not None and can() else None
 
 
 def _set_attention(model: Any, name: str) -> None:
