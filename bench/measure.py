@@ -97,8 +97,10 @@ def refuse_if_wrong(name: str, got: Tensor, oracle: Tensor, dtype: torch.dtype) 
         raise SystemExit(f"{name} is off by {worst:.2e}: no time is printed for a wrong result")
 
 
-def options(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+def options(description: str, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """The options that all benchmarks have, beside those of a parser of its own."""
+    parser = parser or argparse.ArgumentParser()
+    parser.description = description.splitlines()[0]
     parser.add_argument("--json", help="write the rows here too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)

@@ -101,11 +101,9 @@ def rows_of(model: Any, examples: Examples, masking: str, name: str, rounds: int
     count = min(rounds, len(examples) // BATCH)
     every = torch.randperm(len(examples) // BATCH, generator=generator)[:count].tolist()
     sites = torch.randint(len(patch(model).sites), (count,), generator=generator).tolist()
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in (Contender("published"), *OURS)}
     peaks: dict[str, float] = {}
     longest = max(every, key=lambda k: max(examples.lengths[i] for i in sampler[k * BATCH : (k + 1) * BATCH]))
-    for contender in (Contender("published"), *OURS):
-        seconds[contender.name] = []
     for turn, (k, site) in enumerate(zip([every[0], *every], [sites[0], *sites], strict=True)):  # the first warms up
         for contender in (Contender("published"), *OURS):
             with ExitStack() as stack:
@@ -190,17 +188,14 @@ def grouped(model: Any, examples: Examples, masking: str, folder: str) -> list[i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--folder", required=True, help="a question-answering BERT")
     parser.add_argument("--data", required=True, help="SQuAD JSON")
     parser.add_argument("--model", choices=("own", "bert-large"), default="own")
     parser.add_argument("--masking", choices=("input", "hidden"), nargs="+", default=("input", "hidden"))
-    parser.add_argument("--json", help="write the rows here too")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=12)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    options = measure.options(str(__doc__), parser)
+    if options.device != "cpu":
+        raise SystemExit("only the CPU is timed yet: leave --device out")
     model: Any = load_for(options.folder, "QuestionAnswering")
     if options.model == "bert-large":
         large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}

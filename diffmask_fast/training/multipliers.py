@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffmask_fast import processes
 from diffmask_fast.training.recipe import Recipe
 
 SMOOTHING = 0.1  # weight of the newest batch in the running mean of a site's divergence
@@ -84,7 +85,7 @@ class Control(nn.Module):
         totals = torch.zeros(2, len(self.integral), device=divergence.device, dtype=divergence.dtype)
         totals[0].index_add_(0, sites, divergence)
         totals[1].index_add_(0, sites, torch.ones_like(divergence))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if processes.several():
             torch.distributed.all_reduce(totals)
         drawn = totals[1] > 0
         mean = totals[0] / totals[1].clamp(min=1)

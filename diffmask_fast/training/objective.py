@@ -62,15 +62,14 @@ class Objective(nn.Module):
         examples = inputs.pop("example", None)
         real = inputs["attention_mask"]
         sites = self.draw_sites(len(real)).to(real.device)
-        original = None
-        if self.remembered is not None and examples is not None:
-            original = self.remembered.get(examples.tolist())
+        remembered = self.remembered if examples is not None else None
+        original = None if remembered is None else remembered.get(examples.tolist())
         output, states = self.clean_pass(inputs, sites, original is None)
         if original is None:
             original = log_probabilities(output, prediction_kind(output), real)
             check_finite(torch.cat(original))
-            if self.remembered is not None and examples is not None:
-                self.remembered.put(examples.tolist(), original)
+            if remembered is not None:
+                remembered.put(examples.tolist(), original)
         masked_output, gates, sparsity = self.masked_pass(inputs, states, sites)
         original = tuple(table.to(real.device) for table in original)
         masked = log_probabilities(masked_output, prediction_kind(masked_output), real)

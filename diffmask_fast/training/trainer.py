@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from diffmask_fast import processes
 from diffmask_fast.attribution.explain import refuse_unsupported
 from diffmask_fast.data import Examples
 from diffmask_fast.masking import frozen
@@ -149,8 +150,7 @@ class _MarkComplete(TrainerCallback):
     """Leaves in each checkpoint, once all processes have written it, a file with the checksums of its files."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        processes.wait()
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             sums = {path.name: _checksum(path) for path in sorted(folder.iterdir()) if path.name != COMPLETE}

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_probe import TOLERANCE, a_probe
 from torch import nn
 
 from diffmask_fast.attribution.explain import explain
@@ -17,30 +18,6 @@ PAIRS = [
     ("where?", "a dull film in paris"),
     ("what?", "a cat"),
 ]
-
-# Two layers of some ten operations each; a sum of at most 32 terms rounds by about the root of that, 6 eps;
-# a head with slopes up to 4 follows on the way to a probability or a divergence.
-TOLERANCE = 2 * 10 * 6 * 4 * torch.finfo(torch.float32).eps
-
-
-def a_probe(masking: str = "input", sites: int = 4, width: int = 16) -> Probe:
-    torch.manual_seed(1)
-    probe = Probe([width] * sites, masking, bound=None, bias=0.5)
-    for baseline in probe.baselines:
-        nn.init.normal_(baseline)
-    for head in probe.heads:  # loud enough for some gates on either side of a half
-        head.outer.parametrizations.weight.original0.data.fill_(4.0)
-    return probe
-
-
-@pytest.fixture(scope="module")
-def classifier(tiny_bert: Any) -> Any:
-    return tiny_bert()
-
-
-@pytest.fixture(scope="module")
-def reader(tiny_bert: Any) -> Any:
-    return tiny_bert("ForQuestionAnswering")
 
 
 @pytest.mark.parametrize("masking", ["input", "hidden"])

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tiny_probe import TOLERANCE, a_probe
+from torch import Tensor
 
 from diffmask_fast.attribution import Attributions
 from diffmask_fast.attribution.explain import explain, explain_batch
@@ -14,7 +15,6 @@ from diffmask_fast.attribution.windows import merge, merge_keep, whole_texts
 from diffmask_fast.data import Examples, Window, encode
 from diffmask_fast.masking import frozen
 from diffmask_fast.predictions import LONGEST_SPAN
-from diffmask_fast.probes import Probe
 from diffmask_fast.sites import patch
 
 STORY = (
@@ -24,29 +24,6 @@ PASSAGE = f"{STORY} {STORY} a film , where the cat sing ##s and the bird play ##
 PAIRS = [("what ?", "a cat"), ("who was king ?", PASSAGE), ("where ?", STORY), ("is the fish red ?", STORY + " fine")]
 SINGLES = ["a fine film", PASSAGE, "dull"]
 STRIDE = 6
-
-# As in test_explain: some ten operations in each of two layers, and the head behind them.
-TOLERANCE = 2 * 10 * 6 * 4 * torch.finfo(torch.float32).eps
-
-
-def a_probe(masking: str = "input", sites: int = 4, width: int = 16) -> Probe:
-    torch.manual_seed(1)
-    probe = Probe([width] * sites, masking, bound=None, bias=0.5)
-    for baseline in probe.baselines:
-        nn.init.normal_(baseline)
-    for head in probe.heads:  # loud enough for some gates on either side of a half
-        head.outer.parametrizations.weight.original0.data.fill_(4.0)
-    return probe
-
-
-@pytest.fixture(scope="module")
-def classifier(tiny_bert: Any) -> Any:
-    return tiny_bert()
-
-
-@pytest.fixture(scope="module")
-def reader(tiny_bert: Any) -> Any:
-    return tiny_bert("ForQuestionAnswering")
 
 
 def windows_of(length: int, cut: range, room: int, stride: int) -> list[Window]:
