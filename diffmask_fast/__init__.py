@@ -24,6 +24,8 @@ _MODULE_OF = {
     "save_probe": "diffmask_fast.probes",
     "Attributions": "diffmask_fast.attribution",
     "explain": "diffmask_fast.attribution.explain",
+    "attribute": "diffmask_fast.attribution.attribute",
+    "state_moments": "diffmask_fast.moments",
     "Examples": "diffmask_fast.data",
     "encode": "diffmask_fast.data",
     "Recipe": "diffmask_fast.training.recipe",

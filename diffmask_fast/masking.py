@@ -1,17 +1,15 @@
-"""Running a patched model with some of its states replaced by the baseline: the step that everything shares."""
+"""What everything that masks a model shares: the model held still, and P(keep) of a probe."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffmask_fast.ops.reference import log_open
 from diffmask_fast.probes import Probe
-from diffmask_fast.sites import Patched
 
 
 @contextmanager
@@ -39,29 +37,3 @@ def keep_probabilities(probe: Probe, states: Mapping[int, Tensor]) -> Tensor:
     if probe.masking == "input":
         return log_open(probe.logits(states, probe.num_sites - 1)).cumsum(-1).exp()
     return torch.cat([log_open(probe.logits(states, site)).exp() for site in range(probe.num_sites)], dim=-1)
-
-
-def masked_run(
-    patched: Patched,
-    inputs: Mapping[str, Any],
-    probe: Probe,
-    states: Mapping[int, Tensor],
-    site: int,
-    gates: Tensor,
-) -> Any:
-    """The model's output when the state that `site` governs is mixed with the baseline.
-
-    Args:
-        patched: the handle of the model.
-        inputs: keyword arguments of the model.
-        probe: whose baseline replaces what is dropped.
-        states: captured states; the one at `probe.target(site)` is used.
-        site: the deepest site that the probe looked at.
-        gates: (B, T) in [0, 1].
-    """
-    target = probe.target(site)
-    state = states[target]
-    baseline = probe.baseline(site).to(state.dtype)
-    gates = gates.unsqueeze(-1).to(state.dtype)
-    mixed = gates * state + (1 - gates) * baseline
-    return patched.run(inputs, resume=(target, mixed)).output

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffmask_fast.masking import frozen, keep_probabilities, masked_run
+from diffmask_fast.masking import frozen, keep_probabilities
 from diffmask_fast.ops.reference import log_open
 from diffmask_fast.probes import Probe
 from diffmask_fast.sites import patch
@@ -59,36 +59,3 @@ def test_keep_is_the_product_over_sites_for_input_masking_and_each_sites_own_for
             for site in range(4):
                 expected = log_open(probe.logits(states, site)).exp().prod(-1)
                 torch.testing.assert_close(keep[..., site], expected, rtol=0, atol=16 * torch.finfo(torch.float32).eps)
-
-
-@pytest.mark.parametrize("masking", ["input", "hidden"])
-def test_open_gates_leave_the_prediction_to_the_bit(masking: str, model: Any, inputs: dict) -> None:
-    with torch.no_grad(), patch(model) as patched:
-        output, states = patched.run(inputs, capture=range(4))
-        for site in range(4):
-            masked = masked_run(patched, inputs, a_probe(masking), states, site, torch.ones(2, 6))
-            assert torch.equal(masked.logits, output.logits)
-
-
-@pytest.mark.parametrize("masking", ["input", "hidden"])
-def test_a_closed_gate_puts_the_baseline_in_the_states_place(masking: str, model: Any, inputs: dict) -> None:
-    probe = a_probe(masking)
-    gates = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 1]], dtype=torch.float32)
-    with torch.no_grad(), patch(model) as patched:
-        states = patched.run(inputs, capture=range(4)).states
-        for site in range(4):
-            target = probe.target(site)
-            replaced = torch.where(gates[..., None] == 1, states[target], probe.baseline(site))
-            expected = patched.run(inputs, replace={target: replaced}).output
-            assert torch.equal(masked_run(patched, inputs, probe, states, site, gates).logits, expected.logits)
-
-
-def test_gradients_reach_the_gates_and_the_baseline(model: Any, inputs: dict) -> None:
-    probe = a_probe("input")
-    gates = torch.full((2, 6), 0.5, requires_grad=True)
-    with frozen(model), patch(model) as patched:
-        with torch.no_grad():
-            states = patched.run(inputs, capture=[0]).states
-        masked_run(patched, inputs, probe, states, 2, gates).logits[:, 0].sum().backward()
-    assert (gates.grad[inputs["attention_mask"] == 1] != 0).all()
-    assert (probe.baselines[0].grad != 0).any()

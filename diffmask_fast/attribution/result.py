@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
@@ -25,6 +25,7 @@ KEPT_ABOVE = 0.5  # the masked prediction is made with exactly the tokens whose 
 
 _FORMAT = "diffmask_fast.attributions"
 _VERSION = 1
+_DETAIL = "details."
 _TENSORS = ("keep", "segments", "divergence", "kept_prediction")
 
 
@@ -41,6 +42,8 @@ class Attribution:
         original: the prediction on the whole text.
         masked: S predictions, each with the tokens of that site whose `keep` is at most 0.5 replaced.
         kept_prediction: (S,) bool, whether the masked prediction is the original one.
+        scores: (T, S) float32, or None where the method gives probabilities.
+        details: (S,) float32 each, by name.
         method, masking, meta: as in `Attributions`.
     """
 
@@ -52,6 +55,8 @@ class Attribution:
     original: str
     masked: list[str]
     kept_prediction: Tensor
+    scores: Tensor | None
+    details: dict[str, Tensor]
     method: str
     masking: str
     meta: dict[str, Any]
@@ -78,6 +83,9 @@ class Attributions:
         method: the attribution method.
         masking: "input" or "hidden".
         meta: what one needs to know to trust or repeat it (model, versions, seed, tolerance); has to be JSON.
+        scores: (sum T_i, S) float32, finite, of methods that give scores and not probabilities: `keep` is then the
+            size of a score as a share of the largest of its text and site.
+        details: (N, S) float32 each, what the method reports about a text beside that, by name.
 
     All tensors live on the CPU and need no gradient. Of a text that was read in windows, `explain` says how these
     follow from what was found in each.
@@ -100,6 +108,8 @@ class Attributions:
     method: str = "diffmask"
     masking: str = "input"
     meta: dict[str, Any] = field(default_factory=dict)
+    scores: Tensor | None = None
+    details: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "site_names", checks.site_names(self.site_names))
@@ -120,6 +130,12 @@ class Attributions:
         checks.within(
             "divergence", self.divergence, 0.0, finite_max, "KL in nats: clamp rounding errors, .clamp(min=0)"
         )
+
+        if self.scores is not None:
+            checks.tensor("scores", self.scores, torch.float32, (rows, sites), "(sum of the lengths, sites)")
+            checks.within("scores", self.scores, -finite_max, finite_max, "finite scores")
+        for name, values in self.details.items():
+            checks.tensor(f"details[{name!r}]", values, torch.float32, (texts, sites), "(texts, sites)")
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -163,49 +179,11 @@ class Attributions:
             original=self.original[i],
             masked=self.masked[i],
             kept_prediction=self.kept_prediction[i],
+            scores=None if self.scores is None else self.scores[rows],
+            details={name: values[i] for name, values in self.details.items()},
             method=self.method,
             masking=self.masking,
             meta=self.meta,
-        )
-
-    def __add__(self, other: Attributions) -> Attributions:
-        if not isinstance(other, Attributions):
-            return NotImplemented
-        return Attributions.concat([self, other])
-
-    @classmethod
-    def concat(cls, parts: Iterable[Attributions]) -> Attributions:
-        """The texts of all parts, in order. `meta` keeps the entries on which all parts agree.
-
-        Raises:
-            ValueError: no parts, or parts that differ in their sites, method or masking.
-        """
-        parts = list(parts)
-        if not parts:
-            raise ValueError("nothing to concatenate: expected at least one Attributions")
-        first = parts[0]
-        for number, part in enumerate(parts):
-            for name in ("site_names", "method", "masking"):
-                ours, theirs = getattr(first, name), getattr(part, name)
-                if ours != theirs:
-                    raise ValueError(
-                        f"cannot concatenate: {name} of part {number} is {theirs!r}, of part 0 {ours!r}; "
-                        "join only what one method said at the same sites"
-                    )
-        shared = {
-            key: value
-            for key, value in first.meta.items()
-            if all(key in part.meta and part.meta[key] == value for part in parts)
-        }
-        return cls(
-            tokens=[text for part in parts for text in part.tokens],
-            site_names=first.site_names,
-            original=[text for part in parts for text in part.original],
-            masked=[row for part in parts for row in part.masked],
-            method=first.method,
-            masking=first.masking,
-            meta=shared,
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS},
         )
 
     def mean_keep(self, segment: int | None = None) -> Tensor:
@@ -242,6 +220,8 @@ class Attributions:
                     "original": text.original,
                     "masked": list(text.masked),
                     "kept_prediction": text.kept_prediction.tolist(),
+                    **({} if text.scores is None else {"scores": text.scores.tolist()}),
+                    **{name: values.tolist() for name, values in text.details.items()},
                 }
                 for text in self
             ],
@@ -260,6 +240,9 @@ class Attributions:
 
         texts = json.dumps({"tokens": self.tokens, "original": self.original, "masked": self.masked}).encode()
         tensors = {name: getattr(self, name).contiguous().clone() for name in _TENSORS}
+        if self.scores is not None:
+            tensors["scores"] = self.scores.contiguous().clone()
+        tensors |= {_DETAIL + name: values.contiguous().clone() for name, values in self.details.items()}
         tensors["texts"] = torch.frombuffer(bytearray(texts), dtype=torch.uint8)
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"diffmask_fast": json.dumps(self._description())})
@@ -282,6 +265,8 @@ class Attributions:
             raw = bytearray(tensors["texts"].numel())
             torch.frombuffer(raw, dtype=torch.uint8).copy_(tensors["texts"])
             fields: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
+            fields["scores"] = tensors.get("scores")
+            fields["details"] = {name[len(_DETAIL) :]: tensors[name] for name in tensors if name.startswith(_DETAIL)}
             fields |= {name: description[name] for name in ("site_names", "method", "masking", "meta")}
             return cls(**json.loads(raw), **fields)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -312,6 +297,8 @@ class Attributions:
             original=[self.original[i] for i in chosen],
             masked=[self.masked[i] for i in chosen],
             kept_prediction=self.kept_prediction[index],
+            scores=None if self.scores is None else torch.cat([self.scores[:0], *(self.scores[r] for r in rows)]),
+            details={name: values[index] for name, values in self.details.items()},
             method=self.method,
             masking=self.masking,
             meta=self.meta,

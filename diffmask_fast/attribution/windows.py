@@ -39,7 +39,7 @@ def whole_texts(examples: Examples) -> list[list[int]]:
 
 
 def merge(examples: Examples, numbers: list[int], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `explain_batch` says about the windows of one text, as what it would say about the text.
+    """What `say` says about the windows of one text, as what it would say about the text.
 
     Args:
         examples: holds the windows.
@@ -60,11 +60,23 @@ def merge(examples: Examples, numbers: list[int], rows: list[dict[str, Any]]) ->
         "tokens": tokens,
         "segments": segments,
         "keep": merge_keep(windows, [row["keep"] for row in rows]),
+        "scores": merge_scores(windows, rows),
+        "details": {name: torch.stack([row["details"][name] for row in rows]).mean(0) for name in rows[0]["details"]},
         "divergence": torch.stack([row["divergence"] for row in rows]).mean(0),
         "original": words[0],
         "masked": words[1:],
         "kept_prediction": torch.tensor([answer == answers[0] for answer in answers[1:]]),
     }
+
+
+def merge_scores(windows: list[Window], rows: list[dict[str, Any]]) -> Tensor | None:
+    """(T, S) scores in the whole text, by the rule of `merge_keep`; the largest is that of the largest size."""
+    if rows[0]["scores"] is None:
+        return None
+    if len(rows) == 1:
+        return rows[0]["scores"]
+    above, below = (merge_keep(windows, [(sign * row["scores"]).clamp(min=0) for row in rows]) for sign in (1, -1))
+    return torch.where(above >= below, above, -below)
 
 
 def merge_keep(windows: list[Window], keeps: list[Tensor]) -> Tensor:
@@ -92,7 +104,7 @@ def merge_answers(
     A span is that of the window that gives its own best span the highest score (the earlier one of two alike), and
     numbered as the whole text's tokens are. A class is the one with the highest mean probability over the windows.
     """
-    scores = torch.stack([row["scores"] for row in rows])  # (windows, 1 + S, C or 1)
+    scores = torch.stack([row["answer_scores"] for row in rows])  # (windows, 1 + S, C or 1)
     found: list[tuple[int, ...]] = []
     words = []
     if rows[0]["answers"].shape[-1] == 1:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from diffmask_fast import processes
 from diffmask_fast.attribution import Attributions
-from diffmask_fast.attribution.explain import allowed_span, check_fit, to_inputs
+from diffmask_fast.attribution.batch import read_batch
+from diffmask_fast.attribution.explain import check_fit
 from diffmask_fast.attribution.result import KEPT_ABOVE
 from diffmask_fast.data import Examples
-from diffmask_fast.masking import frozen, masked_run
+from diffmask_fast.masking import frozen
 from diffmask_fast.ops import draw_seed, gate_mix
-from diffmask_fast.predictions import answers, kl_divergence, log_probabilities, prediction_kind
 from diffmask_fast.probes import Probe
 from diffmask_fast.progress import progress
 from diffmask_fast.sites import patch
@@ -47,19 +47,16 @@ def sampled_metrics(
     with frozen(model), patch(model) as patched:
         check_fit(patched, probe)
         batches = [(i, batch, draw_seed(generator)) for i, batch in enumerate(examples.batches(batch_size))]
-        for i, batch, drawn in progress(processes.share(batches) if shared else batches, "evaluate", show_progress):
+        for i, numbers, drawn in progress(processes.share(batches) if shared else batches, "evaluate", show_progress):
             totals[i] = torch.zeros(probe.num_sites, 3, dtype=torch.float64)
-            inputs = to_inputs(examples, batch, probe)
-            output, states = patched.run(inputs, capture=range(probe.num_sites))
-            real, kind = inputs["attention_mask"], prediction_kind(output)
-            allowed = allowed_span(examples, batch).to(real.device)
-            original = log_probabilities(output, kind, real)
-            predicted = answers(original, allowed)
-            for site, gates in enumerate(_draw(probe, states, drawn.to(real.device))):
-                masked = log_probabilities(masked_run(patched, inputs, probe, states, site, gates), kind, real)
-                kept = (answers(masked, allowed) == predicted).all(-1)
-                opened = ((gates != 0) * real).sum(-1) / real.sum(-1)
-                rows = torch.stack([kl_divergence(original, masked), opened, kept.float()])
+            batch = read_batch(patched, examples, numbers, range(probe.num_sites), next(probe.parameters()).device)
+            predicted = batch.answers(batch.original)
+            for site, gates in enumerate(_draw(probe, batch.states, drawn.to(batch.real.device))):
+                target = probe.target(site)
+                masked = batch.predict(target, batch.mixed(target, gates, probe.baseline(site)))
+                kept = (batch.answers(masked) == predicted).all(-1)
+                opened = ((gates != 0) * batch.real).sum(-1) / batch.real.sum(-1)
+                rows = torch.stack([batch.divergence(masked), opened, kept.float()])
                 totals[i][site] = rows.double().sum(-1).cpu()
     if shared:
         totals = processes.gather(totals)

@@ -17,9 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from diffmask_fast import processes
-from diffmask_fast.attribution.explain import refuse_unsupported
+from diffmask_fast.attribution.batch import refuse_unsupported
 from diffmask_fast.data import Examples
 from diffmask_fast.masking import frozen
+from diffmask_fast.moments import state_moments
 from diffmask_fast.probes import Probe
 from diffmask_fast.runs import read_json, write_json
 from diffmask_fast.sites import patch
@@ -29,6 +30,7 @@ from diffmask_fast.training.objective import Objective
 from diffmask_fast.training.recipe import Recipe
 from diffmask_fast.training.remembered import remembered_for
 
+HOME_TEXTS = 256  # so many texts, at least, say where the states are at home
 COMPLETE = "complete"  # the file that marks a checkpoint as wholly written
 
 
@@ -318,29 +320,12 @@ def fresh_probe(
         mask_token: id of the mask token; its word embedding starts the input baseline. Without it, and for hidden
             masking, a baseline starts at the mean state over real tokens.
     """
-    with frozen(model), patch(model) as patched:
-        sites = range(len(patched.sites))
-        sums: list[Any] = [0.0] * len(sites)
-        count = 0
-        for batch in _some_batches(examples):
-            inputs = examples.collate([examples[i] for i in batch])
-            inputs = {name: value.to(next(model.parameters()).device) for name, value in inputs.items()}
-            states = patched.run(inputs, capture=sites).states
-            real = inputs["attention_mask"].bool()
-            count += int(real.sum())
-            for i in sites:
-                sums[i] = sums[i] + states[i][real].double().sum(0)
-    sizes = [len(total) for total in sums]
+    moments = state_moments(model, examples.select(range(0, len(examples), max(1, len(examples) // HOME_TEXTS))))
+    sizes = [len(moments[site].mean) for site in range(len(moments))]
     probe = Probe(sizes, masking, width=width, bound=recipe.bound, bias=recipe.bias)
-    for i, baseline in enumerate(probe.baselines):
-        baseline.copy_(sums[i] / count)
+    for site, baseline in enumerate(probe.baselines):
+        baseline.copy_(moments[site].mean)
     if masking == "input" and mask_token is not None:
         embeddings: Any = model
         probe.baselines[0].copy_(embeddings.get_input_embeddings().weight[mask_token])
     return probe.to(next(model.parameters()).device)
-
-
-def _some_batches(examples: Examples, texts: int = 256, size: int = 16) -> list[list[int]]:
-    few = examples.select(range(0, len(examples), max(1, len(examples) // texts)))
-    step = max(1, len(examples) // texts)
-    return [[i * step for i in batch] for batch in few.batches(size)]

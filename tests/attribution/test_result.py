@@ -76,29 +76,16 @@ def test_a_slice_has_the_texts_that_a_list_would_give(result: Attributions, chos
     assert result[chosen].to_dict()["texts"] == result.to_dict()["texts"][chosen]
 
 
-def test_the_parts_of_a_result_add_up_to_it(result: Attributions) -> None:
-    assert (result[:1] + result[1:]).to_dict() == result.to_dict()
-
-
-def test_concat_keeps_the_meta_on_which_all_parts_agree(result: Attributions) -> None:
-    other = dataclasses.replace(result, meta={**result.meta, "seed": 4, "only here": 1})
-    assert Attributions.concat([result, other]).meta == {k: v for k, v in result.meta.items() if k != "seed"}
-
-
-@pytest.mark.parametrize("change", [{"site_names": ("a", "b", "c")}, {"method": "other"}, {"masking": "input"}])
-def test_parts_that_mean_different_things_do_not_concatenate(result: Attributions, change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(change))} of part 1"):
-        result + dataclasses.replace(result, **change)
-
-
-def test_nothing_does_not_concatenate() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        Attributions.concat([])
-
-
-def test_adding_something_else_is_a_type_error(result: Attributions) -> None:
-    with pytest.raises(TypeError):
-        result + 1  # type: ignore[operator]
+@pytest.mark.parametrize("chosen", [slice(1, 3), slice(None, None, -1)])
+def test_scores_and_details_go_with_their_texts(result: Attributions, chosen: slice, tmp_path: Path) -> None:
+    details = {"forwards": torch.arange(result.divergence.numel()).float().reshape(result.divergence.shape)}
+    scored = dataclasses.replace(result, scores=-3 * result.keep, details=details)
+    scored.save(tmp_path / "scored.safetensors")
+    loaded = Attributions.load(tmp_path / "scored.safetensors")[chosen]
+    for one, number in zip(loaded, range(len(result))[chosen], strict=True):
+        assert one.scores is not None and torch.equal(one.scores, -3 * result[number].keep)
+        assert torch.equal(one.details["forwards"], details["forwards"][number])
+    assert loaded.to_dict()["texts"] == scored.to_dict()["texts"][chosen]
 
 
 @pytest.mark.parametrize("segment", [None, 0, 1, 2])

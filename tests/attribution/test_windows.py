@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffmask_fast.attribution import Attributions
 from diffmask_fast.attribution.explain import explain, explain_batch
-from diffmask_fast.attribution.windows import merge, merge_keep, whole_texts
+from diffmask_fast.attribution.windows import merge, merge_keep, merge_scores, whole_texts
 from diffmask_fast.data import Examples, Window, encode
 from diffmask_fast.masking import frozen
 from diffmask_fast.predictions import LONGEST_SPAN
@@ -81,13 +81,27 @@ def test_the_middle_of_what_two_windows_share_comes_from_the_earlier_one() -> No
     assert merged.squeeze(-1).tolist() == [0.25] * 4 + [0.75] * 3
 
 
+def test_scores_of_two_windows_worked_by_hand() -> None:
+    windows = windows_of(8, range(1, 7), room=4, stride=2)
+    first = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5, -0.6])[:, None]  # tokens 0 1 2 3 4 7
+    second = torch.tensor([-0.9, 0.8, -0.7, 0.75, 0.65, 0.3])[:, None]  # tokens 0 3 4 5 6 7
+    rows = [{"scores": first}, {"scores": second}]
+    merged = merge_scores(windows, rows)
+    assert merged is not None
+    # what stands in both has the value of the larger size, with its sign
+    assert merged.squeeze(-1).tolist() == pytest.approx([-0.9, -0.2, 0.3, -0.4, -0.7, 0.75, 0.65, -0.6])
+    assert torch.equal(merge_scores(windows, rows[:1]), first)
+
+
 def rows_of(scores: list[list[list[float]]], answers: list[list[list[int]]], lengths: list[int]) -> list[dict]:
     """One row for each window, with a score and an answer for the original prediction and each site's."""
     return [
         {
             "keep": torch.zeros(length, len(score) - 1),
             "divergence": torch.arange(len(score) - 1) + 1.0 + 10 * i,
-            "scores": torch.tensor(score),
+            "scores": None,
+            "details": {"forwards": torch.arange(len(score) - 1) + 4.0 * i},
+            "answer_scores": torch.tensor(score),
             "answers": torch.tensor(answer),
         }
         for i, (score, answer, length) in enumerate(zip(scores, answers, lengths, strict=True))

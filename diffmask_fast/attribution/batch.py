@@ -1,0 +1,179 @@
+"""Some texts in a patched model, with the original prediction: what every attribution method starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffmask_fast.attribution.result import KEPT_ABOVE
+from diffmask_fast.data import SECOND, Examples
+from diffmask_fast.predictions import (
+    LogProbabilities,
+    answers,
+    kl_divergence,
+    log_probabilities,
+    prediction_kind,
+    scored_answers,
+)
+from diffmask_fast.sites import Patched
+
+
+class Prediction(NamedTuple):
+    """A model's output, and the same as log-probability tables."""
+
+    output: Any
+    tables: LogProbabilities
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B texts, padded to T tokens, in a patched model.
+
+    Attributes:
+        patched: the handle of the frozen model.
+        inputs: the model's arguments, `attention_mask` (B, T) among them.
+        states: the states (B, T, H) at the sites that were asked for.
+        original: what the model says about the whole texts.
+        kind: of that prediction, see `predictions.KINDS`.
+        allowed: (B, T) bool, where a predicted span has to lie.
+    """
+
+    patched: Patched
+    inputs: dict[str, Tensor]
+    states: dict[int, Tensor]
+    original: Prediction
+    kind: str
+    allowed: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """(B, T), 1 for tokens and 0 for padding."""
+        return self.inputs["attention_mask"]
+
+    def __len__(self) -> int:
+        return len(self.real)
+
+    def predict(self, site: int, state: Tensor, rows: Tensor | None = None) -> Prediction:
+        """What the model says when the state at `site` is another one; the layers below don't run.
+
+        Args:
+            site: where.
+            state: (B, T, H), or (R, T, H) with `rows`.
+            rows: (R,) int64, the text of each row: a text may have several, or none.
+        """
+        inputs = self.inputs if rows is None else {name: value[rows] for name, value in self.inputs.items()}
+        output = self.patched.run(inputs, resume=(site, state)).output
+        return Prediction(output, log_probabilities(output, self.kind, inputs["attention_mask"]))
+
+    def divergence(self, prediction: Prediction, rows: Tensor | None = None) -> Tensor:
+        """(B,) or (R,) KL(original || prediction) in nats."""
+        original = self.original.tables
+        return kl_divergence(original if rows is None else tuple(t[rows] for t in original), prediction.tables)
+
+    def answers(self, prediction: Prediction, rows: Tensor | None = None) -> Tensor:
+        """(B, 1 or 2) or (R, 1 or 2): the class, or the span's start and end."""
+        return answers(prediction.tables, self.allowed if rows is None else self.allowed[rows])
+
+    def mixed(self, site: int, gates: Tensor, baseline: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The state at `site` where `gates` (B or R, T) are 1, the `baseline` (H,) where they are 0."""
+        state = self.states[site] if rows is None else self.states[site][rows]
+        gates = gates.unsqueeze(-1).to(state.dtype)
+        return gates * state + (1 - gates) * baseline.to(state.dtype)
+
+
+def read_batch(
+    patched: Patched, examples: Examples, numbers: list[int], sites: Iterable[int], device: torch.device
+) -> Batch:
+    """The examples with these numbers, their states at `sites` and their original prediction.
+
+    Raises:
+        ValueError: states or a prediction that hold NaN or infinity.
+    """
+    collated = examples.collate([examples[i] for i in numbers])
+    inputs = {name: value.to(device) for name, value in collated.items()}
+    output, states = patched.run(inputs, capture=sites)
+    for site, state in states.items():
+        check_finite(state, f"the model's state at site {site} ({patched.sites[site].name})")
+    kind = prediction_kind(output)
+    tables = log_probabilities(output, kind, inputs["attention_mask"])
+    for table in tables:
+        check_finite(table, "the model's prediction")
+    allowed = [torch.tensor(examples.segments[i]) == SECOND for i in numbers]
+    padded = torch.nn.utils.rnn.pad_sequence(allowed, batch_first=True).to(device)
+    return Batch(patched, inputs, states, Prediction(output, tables), kind, padded)
+
+
+class Masked(NamedTuple):
+    """What a method found at one site, and where and by what a dropped state is replaced.
+
+    Attributes:
+        target: the site whose state is replaced.
+        baseline: (H,), what replaces it.
+        keep: (B, T) in [0, 1].
+        scores: (B, T), for methods that give no probabilities: what `keep` was made from.
+        details: (B,) for each thing that the method reports about a text.
+    """
+
+    target: int
+    baseline: Tensor
+    keep: Tensor
+    scores: Tensor | None = None
+    details: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def say(batch: Batch, lengths: list[int], masked: Iterable[Masked]) -> list[dict[str, Any]]:
+    """What there is to say about each text: at the S sites of `masked` its `keep` (T, S), `scores` (T, S) or None,
+    `details` (S,) each, and `divergence` (S,) of the prediction made with the tokens kept above `KEPT_ABOVE`; and of
+    the original and the S masked predictions what `scored_answers` says: `answers` (1 + S, 1 or 2) and
+    `answer_scores` (1 + S, C or 1)."""
+    said = [scored_answers(batch.original.output, batch.kind, batch.original.tables, batch.allowed)]
+    sites, divergences = [], []
+    for one in masked:
+        gates = (one.keep > KEPT_ABOVE).float()
+        prediction = batch.predict(one.target, batch.mixed(one.target, gates, one.baseline))
+        for table in prediction.tables:
+            check_finite(table, f"the masked prediction of site {one.target} ({batch.patched.sites[one.target].name})")
+        divergences.append(batch.divergence(prediction).clamp(min=0))
+        said.append(scored_answers(prediction.output, batch.kind, prediction.tables, batch.allowed))
+        sites.append(one)
+    keep, divergence = stacked([one.keep for one in sites]), stacked(divergences)
+    scores = [one.scores for one in sites if one.scores is not None]
+    given = stacked(scores) if scores else None
+    details = {name: stacked([one.details[name] for one in sites]) for name in sites[0].details}
+    found, answer_scores = (torch.stack(parts, 1).cpu() for parts in zip(*said, strict=True))
+    return [
+        {
+            "keep": keep[row, :length],
+            "scores": None if given is None else given[row, :length],
+            "details": {name: values[row] for name, values in details.items()},
+            "divergence": divergence[row],
+            "answers": found[row],
+            "answer_scores": answer_scores[row],
+        }
+        for row, length in enumerate(lengths)
+    ]
+
+
+def stacked(sites: list[Tensor]) -> Tensor:
+    """One tensor per site -> (..., S) float32 on the CPU."""
+    return torch.stack([site.detach() for site in sites], -1).float().cpu()
+
+
+def check_finite(value: Tensor, what: str) -> None:
+    """One clear error for NaN and infinities."""
+    if not torch.isfinite(value).all():
+        raise ValueError(
+            f"{what} holds NaN or infinity: the model's weights or inputs are broken, nothing can be explained"
+        )
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Refuse heads whose logits are no probabilities of one class, which nothing in their output tells."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(f"the model's problem_type is {problem!r}: only single-label predictions can be compared yet")
