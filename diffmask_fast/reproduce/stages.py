@@ -1,4 +1,4 @@
-"""An experiment as a row of stages: each leaves its result on disk, so that what was interrupted goes on where it was."""
+"""An experiment as a row of stages: each leaves its result on disk, so that the whole goes on where it stopped."""
 
 from __future__ import annotations
 
