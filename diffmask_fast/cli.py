@@ -33,6 +33,12 @@ class RecipeName(str, Enum):
     published = "published"
 
 
+class Masking(str, Enum):
+    input = "input"
+    hidden = "hidden"
+
+
+MaskingOption = Annotated[Masking, typer.Option(help="Gate the inputs, or each site's own states.")]
 RecipeOption = Annotated[RecipeName, typer.Option(help="steady: ours. published: the paper's code.")]
 
 
@@ -57,6 +63,7 @@ def train_squad(
     train: Annotated[str, typer.Option(help="SQuAD JSON file or hub data set to train on.")],
     evaluate: Annotated[str, typer.Option("--eval", help="SQuAD JSON file or hub data set to measure on.")],
     out: Out,
+    masking: MaskingOption = Masking.input,
     seed: Seed = 0,
     recipe: RecipeOption = RecipeName.steady,
     resume: Resume = False,
@@ -64,7 +71,7 @@ def train_squad(
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many questions of each file.")] = None,
     epochs: Annotated[float | None, typer.Option(min=0.0, help="Instead of the recipe's.")] = None,
 ) -> None:
-    """Question answering: an input-masking probe over all sites."""
+    """Question answering: a probe over all sites."""
     from diffmask_fast.report import terminal
     from diffmask_fast.tasks import squad
 
@@ -73,6 +80,7 @@ def train_squad(
         train,
         evaluate,
         out,
+        masking=masking.value,
         seed=seed,
         recipe=recipe.value,
         resume=resume,
@@ -82,7 +90,7 @@ def train_squad(
     )
     columns = ("sampled_kl", "sampled_open", "kl", "open", "open_question", "open_passage", "kept_prediction")
     rows = [(name, *(site[column] for column in columns)) for name, site in metrics["sites"].items()]
-    terminal.table("DiffMask, input masking, on the evaluation questions", ("site", *columns), rows)
+    terminal.table(f"DiffMask, {masking.value} masking, on the evaluation questions", ("site", *columns), rows)
     typer.echo(f"{metrics['seconds']} s; look at {out / 'report.html'}")
 
 

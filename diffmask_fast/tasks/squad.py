@@ -1,6 +1,6 @@
 """Question answering on SQuAD: at which layer does the model know which words of question and passage it needs?
 
-Input masking over all sites of any Hugging Face model with a span head (De Cao et al. 2020, section 4.3).
+Input or hidden masking over all sites of any Hugging Face model with a span head (De Cao et al. 2020, section 4.3).
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def run(
     evaluate: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    masking: str = "input",
     seed: int = 0,
     recipe: str = "steady",
     resume: bool = False,
@@ -95,12 +96,13 @@ def run(
     epochs: float | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train an input-masking probe over all sites and measure it on the evaluation questions.
+    """Train a probe over all sites and measure it on the evaluation questions.
 
     Args:
         model_path: folder or hub name of a question-answering model.
         train, evaluate: SQuAD files or hub data sets.
         out: folder for everything that the run leaves.
+        masking: "input" or "hidden".
         seed: of everything drawn.
         recipe: a name in `RECIPES`.
         resume: go on with the run in `out`.
@@ -123,6 +125,7 @@ def run(
         "model": str(model_path),
         "train": str(train),
         "eval": str(evaluate),
+        "masking": masking,
         "seed": seed,
     }
     config |= {"limit": limit, "bf16": bf16, "recipe": recipe, **chosen.to_dict()}
@@ -145,7 +148,7 @@ def run(
             f"training questions {cut} ({windows} windows), evaluation questions {eval_cut} ({eval_windows} windows)"
         )
     torch.manual_seed(seed)
-    probe = fresh_probe(model, training, chosen, "input", mask_token=tokenizer.mask_token_id)
+    probe = fresh_probe(model, training, chosen, masking, mask_token=tokenizer.mask_token_id)
     train_probe(
         model,
         probe,

@@ -136,12 +136,12 @@ def check_metrics(metrics: dict, sites: int) -> None:
         assert all(row[name] <= 1 for name in COLUMNS - {"kl", "sampled_kl"})
 
 
-@pytest.mark.parametrize("recipe", ["steady", "published"])
+@pytest.mark.parametrize(("recipe", "masking"), [("steady", "input"), ("published", "input"), ("steady", "hidden")])
 def test_a_run_goes_from_questions_to_a_report_and_a_finished_one_is_not_run_again(
-    recipe: str, questions: Path, qa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, masking: str, questions: Path, qa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    out, options = tmp_path / "run", {"recipe": recipe, "epochs": 2.0, "bf16": False, "quiet": True}
+    out, options = tmp_path / "run", {"recipe": recipe, "masking": masking, "epochs": 2.0, "bf16": False, "quiet": True}
     metrics = squad.run(str(qa_folder), questions, questions, out, **options)
     check_metrics(metrics, sites=4)
     assert metrics["questions"] == {"train": 3, "eval": 3, "windowed": [0, 0], "windows": [0, 0]}
@@ -150,7 +150,7 @@ def test_a_run_goes_from_questions_to_a_report_and_a_finished_one_is_not_run_aga
         Attributions.load(out / "attributions.safetensors"),
         load_probe(out / "probe.safetensors"),
     )
-    assert len(attributions) == 3 and attributions.masking == probe.masking == "input"
+    assert len(attributions) == 3 and attributions.masking == probe.masking == masking
     assert probe.sizes == (16,) * 4 and probe.meta["recipe"] == recipe and probe.meta["model"] == str(qa_folder)
     assert {path.name for path in out.iterdir()} >= {
         "report.html",
