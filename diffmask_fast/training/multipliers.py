@@ -21,9 +21,9 @@ from diffmask_fast import processes
 from diffmask_fast.training.recipe import Recipe
 
 SMOOTHING = 0.1  # weight of the newest batch in the running mean of a site's divergence
-PROPORTIONAL = 1.0  # the multiplier goes with this power of (running mean / aim)
-SMALLEST = 1e-2
-URGENCY = (0.3, 4.0)  # a site that holds is still drawn, a hopeless one does not take all draws
+PROPORTIONAL = 2.0  # the multiplier goes with this power of (running mean / aim)
+SMALLEST = 0.3  # of the integral: lower, and a site that has held for long falls unopposed while it winds up again
+URGENCY = (0.1, 4.0)  # a site that holds is still drawn, a hopeless one does not take all draws
 
 
 class Ascent(nn.Module):

@@ -24,7 +24,7 @@ from diffmask_fast.training.multipliers import multipliers_for
 from diffmask_fast.training.recipe import Recipe
 from diffmask_fast.training.remembered import RememberedPredictions
 
-GROWN = 0.7  # the share of the training after which the heads' bound is the final one
+GROWN = 0.4  # the share of the training after which the heads' bound is the final one
 ALWAYS_OPEN = 1e4  # a logit whose gate is exactly 1, its log P(z != 0) exactly 0 and its gradient 0
 
 

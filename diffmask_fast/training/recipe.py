@@ -32,7 +32,7 @@ class Recipe:
         margin: the share of the tolerance that the controller aims at: the constraint is to hold on texts that the
             probe was not trained on, where the divergence is larger.
         bias, bound: of the gate heads, see `GateHead`.
-        initial_bound: the bound at the start; it reaches `bound` when 0.7 of the training is done. None keeps it
+        initial_bound: the bound at the start; it reaches `bound` when 0.4 of the training is done. None keeps it
             constant. A gate that is shut gets no gradient, so none must be before much is learned.
         pull: the least that the sparsity's gradient for a logit is at the start, fading to 0 at the end. The gradient
             itself, 1 - P(z != 0), would leave gates that are nearly open where they are.
@@ -53,7 +53,7 @@ class Recipe:
     """
 
     tolerance: float = 1.0
-    margin: float = 0.75
+    margin: float = 0.5
     bias: float = 5.0
     bound: float = 10.0
     initial_bound: float | None = 3.0
