@@ -48,18 +48,25 @@ def log_probabilities(output: Any, kind: str, attention_mask: Tensor | None = No
         kind: one of `KINDS`.
         attention_mask: (B, T), 1 for real tokens; used by "span" only.
     """
+    tables = logit_tables(output, kind, attention_mask)
+    if kind == "binary":
+        logits = tables[0].squeeze(-1)
+        return (torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1),)
+    return tuple(F.log_softmax(table, dim=-1) for table in tables)
+
+
+def logit_tables(output: Any, kind: str, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The logits themselves, float32 at least: (B, C), start and end (B, T) with `PADDING` at padded positions of a
+    span, or (B, 1) of a binary prediction. Arguments as of `log_probabilities`."""
     if kind == "span":
         tables = [_wide(output.start_logits), _wide(output.end_logits)]
-        if attention_mask is not None:
-            tables = [table.masked_fill(attention_mask == 0, PADDING) for table in tables]
-        return tuple(F.log_softmax(table, dim=-1) for table in tables)
+        return tuple(
+            tables if attention_mask is None else (t.masked_fill(attention_mask == 0, PADDING) for t in tables)
+        )
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
     logits = _wide(output if isinstance(output, Tensor) else output.logits)
-    if kind == "binary":
-        logits = logits.reshape(-1)
-        return (torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1),)
-    if kind == "classification":
-        return (F.log_softmax(logits, dim=-1),)
-    raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
+    return (logits.reshape(-1, 1) if kind == "binary" else logits,)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -96,6 +96,11 @@ def chosen_sites(there: Sequence[Site], sites: Sequence[int | str] | None, metho
     """The numbers of the sites asked for, or of all that the method can explain."""
     names = [site.name for site in there]
     possible = [i for i, site in enumerate(there) if not METHODS[method].layers_only or site.side == "input"]
+    if not possible:
+        raise ValueError(
+            f"{method} explains states that enter a layer, and no site of this model does: it has "
+            f"{', '.join(map(str, there))}; use another method"
+        )
     if sites is None:
         return possible
     if isinstance(sites, str) or not len(sites):

@@ -72,6 +72,17 @@ class Patched:
         self.remove()
 
     @property
+    def model(self) -> nn.Module:
+        """The model itself, to look at; call it through `run`.
+
+        Raises:
+            RuntimeError: the handle was removed.
+        """
+        if self._model is None:
+            raise RuntimeError("this handle was removed: call patch(model) for a new one")
+        return self._model
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The modules of the chain whose states are sites, each once: what `resume` leaves out."""
         return list(dict.fromkeys(self._modules[k] for k in self._chain))
@@ -118,8 +129,7 @@ class Patched:
                 passed exactly once; part of the model is compiled in place; gradient checkpointing is on,
                 which would compute layers again without the replacement.
         """
-        if self._model is None:
-            raise RuntimeError("this handle was removed: call patch(model) for a new one")
+        model = self.model
         plan = self._plan(capture, replace, stop, resume)
         self._check_call(inputs, resume is not None)
         output = None
@@ -129,7 +139,7 @@ class Patched:
             for k in sorted(plan.visited):
                 undo.callback(self._hook(k, partial(plan.visit, k)).remove)
             try:
-                output = self._model(**inputs)
+                output = model(**inputs)
             except _Stop:
                 pass
         for k in sorted(plan.visited - plan.reached):

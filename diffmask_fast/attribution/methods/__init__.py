@@ -41,6 +41,9 @@ class Method:
 METHODS = {
     "leave-one-out": Method("gradients", "leave_one_out"),
     "integrated-gradients": Method("gradients", "integrated_gradients"),
+    "schulz": Method("schulz", "schulz"),
+    "guan": Method("guan", "guan"),
+    "attention": Method("attention", "attention", layers_only=True),
 }
 
 
