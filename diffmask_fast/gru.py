@@ -30,9 +30,10 @@ class GRUClassifier(PreTrainedModel):
 
     def __init__(self, config: GRUConfig) -> None:
         super().__init__(config)
+        classes: Any = config.num_labels
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.gru = nn.GRU(config.hidden_size, config.hidden_size, batch_first=True)
-        self.output = nn.Linear(config.hidden_size, len(config.id2label))
+        self.output = nn.Linear(config.hidden_size, classes)
         self.embedding.requires_grad_(False)
         self.post_init()
 

@@ -31,7 +31,7 @@ class FineTuning:
                 raise ValueError(f"{name} is {value!r}; expected a number above 0")
 
 
-FINE_TUNING = {"encoder": FineTuning(3, 5e-5), "gru": FineTuning(10, 1e-3)}
+FINE_TUNING = {"encoder": FineTuning(3, 1e-4), "gru": FineTuning(10, 1e-3)}
 
 
 def fine_tune(
