@@ -33,6 +33,11 @@ class RecipeName(str, Enum):
     published = "published"
 
 
+class Architecture(str, Enum):
+    encoder = "encoder"
+    gru = "gru"
+
+
 class Masking(str, Enum):
     input = "input"
     hidden = "hidden"
@@ -92,6 +97,57 @@ def train_squad(
     rows = [(name, *(site[column] for column in columns)) for name, site in metrics["sites"].items()]
     terminal.table(f"DiffMask, {masking.value} masking, on the evaluation questions", ("site", *columns), rows)
     typer.echo(f"{metrics['seconds']} s; look at {out / 'report.html'}")
+
+
+@train_app.command("sst")
+def train_sst(
+    model: Annotated[str, typer.Option(help="Folder or hub name of an encoder, with a head for the classes or not.")],
+    train: Annotated[Path, typer.Option(help="File of sentiment trees to train on, one a line.")],
+    evaluate: Annotated[Path, typer.Option("--eval", help="File of sentiment trees to measure on.")],
+    out: Out,
+    architecture: Annotated[
+        Architecture, typer.Option(help="gru: a GRU classifier on the encoder's word embeddings.")
+    ] = Architecture.encoder,
+    classes: Annotated[int, typer.Option(min=2, max=5, help="5, or 2: without the neutral sentences.")] = 5,
+    masking: Annotated[
+        list[Masking] | None, typer.Option(help="Gate the inputs, or each site's own states; both if not given.")
+    ] = None,
+    seed: Seed = 0,
+    recipe: RecipeOption = RecipeName.steady,
+    resume: Resume = False,
+    bf16: Annotated[bool, typer.Option(help="Run the frozen encoder in bfloat16 while probes are trained.")] = True,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many sentences of each file.")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0.0, help="Of the probes, instead of the recipe's.")] = None,
+    fine_tune_epochs: Annotated[float | None, typer.Option(min=0.0, help="Of the classifier.")] = None,
+) -> None:
+    """Sentiment: a classifier, fine-tuned if the model is none yet, and its probes over all sites."""
+    from diffmask_fast.report import terminal
+    from diffmask_fast.tasks import sst
+
+    maskings = [one.value for one in masking or Masking]
+    metrics = sst.run(
+        model,
+        train,
+        evaluate,
+        out,
+        architecture=architecture.value,
+        classes=classes,
+        maskings=maskings,
+        seed=seed,
+        recipe=recipe.value,
+        resume=resume,
+        bf16=bf16,
+        limit=limit,
+        epochs=epochs,
+        fine_tune_epochs=fine_tune_epochs,
+    )
+    columns = ("sampled_kl", "sampled_open", "kl", "open", "kept_prediction", "accuracy", "macro_f1")
+    for name in maskings:
+        rows = [(site, *(row[column] for column in columns)) for site, row in metrics[name]["sites"].items()]
+        terminal.table(f"DiffMask, {name} masking, on the evaluation sentences", ("site", *columns), rows)
+    task, pages = metrics["task"], " and ".join(str(out / name / "report.html") for name in maskings)
+    typer.echo(f"classifier: accuracy {task['accuracy']:.4f}, macro F1 {task['macro_f1']:.4f}")
+    typer.echo(f"{metrics['seconds']} s; look at {pages}")
 
 
 @app.command()
