@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffmask_fast.files import replacing
-from diffmask_fast.report.tables import Table, save_table, written
+from diffmask_fast.report.tables import Cell, Table, save_table, written
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _table(table: Table) -> str:
     return f"<div class=wide><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
-def _cell(value: object) -> str:
+def _cell(value: Cell) -> str:
     kind = "" if isinstance(value, str) else " class=number"
     return f"<td{kind}>{html.escape(written(value))}</td>"
 
