@@ -7,9 +7,10 @@ dropped, and behind the encoder everything but the query's digits can (De Cao et
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from diffmask_fast import runs
 from diffmask_fast.attribution import Attributions
+from diffmask_fast.attribution.attribute import attribute
 from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import Examples
 from diffmask_fast.files import replacing
+from diffmask_fast.moments import state_moments
 from diffmask_fast.probes import save_probe
 from diffmask_fast.sites import register_sites
 from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
@@ -69,7 +72,8 @@ class ToyModel(nn.Module):
         return self.output(counted[torch.arange(len(last), device=last.device), last]).squeeze(-1)
 
 
-register_sites(ToyModel, [("embedding", "embedding", "output"), ("hidden", "encoder", "output")])
+SITES = ("embedding", "hidden")
+register_sites(ToyModel, [(SITES[0], "embedding", "output"), (SITES[1], "encoder", "output")])
 
 
 def toy_examples(count: int, seed: int) -> Examples:
@@ -153,32 +157,73 @@ def truth(examples: Examples) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def distances(attributions: Attributions, examples: Examples) -> dict[str, dict[str, float]]:
-    """How far the normalised attribution of each site is from the truth, averaged over the examples that have at least
-    one of the query's digits: `kl` (truth || attribution) and `js`, in nats, and `open`, the mean P(keep)."""
+    """How far the normalised attribution of each site is from the truth: `kl` (truth || attribution) and `js` in nats,
+    means over the examples that have at least one of the query's digits, with their standard deviations `kl_sd` and
+    `js_sd`; and `open`, the mean P(keep) of all examples.
+
+    As in the published table. A KL is infinite where nothing is given to a digit that is needed; then so is the mean,
+    and the deviation is NaN. What gives nothing to any digit has nothing in common with the truth: the JS is log 2.
+    """
     result = {}
     needed = truth(examples)
     useful = [i for i, asked in enumerate(needed[1]) if asked.any()]
     for site, name in enumerate(attributions.site_names):
-        kl, js = [], []
-        for i in useful:
-            right = needed[site][i].double()
-            right = right / right.sum()
-            keep = attributions[i].keep[:, site].double()
-            found = keep / keep.sum()
-            middle = (right + found) / 2
-            kl.append(relative_entropy(right, found))
-            js.append((relative_entropy(right, middle) + relative_entropy(found, middle)) / 2)
+        pairs = [(needed[SITES.index(name)][i].double(), attributions[i].keep[:, site].double()) for i in useful]
+        kl, js = torch.tensor([divergences(right, keep) for right, keep in pairs], dtype=torch.float64).unbind(-1)
         result[name] = {
-            "kl": torch.stack(kl).mean().item(),
-            "js": torch.stack(js).mean().item(),
+            "kl": kl.mean().item(),
+            "js": js.mean().item(),
+            "kl_sd": kl.std().item(),
+            "js_sd": js.std().item(),
             "open": attributions.mean_keep()[site].item(),
         }
     return result
 
 
+def divergences(right: Tensor, found: Tensor) -> tuple[float, float]:
+    """KL(right || found) and the Jensen-Shannon divergence in nats of two rows of numbers >= 0, each normalised."""
+    if not found.any():
+        return math.inf, math.log(2)
+    right, found = right / right.sum(), found / found.sum()
+    middle = (right + found) / 2
+    js = (relative_entropy(right, middle) + relative_entropy(found, middle)) / 2
+    return relative_entropy(right, found).item(), js.item()
+
+
 def relative_entropy(p: Tensor, q: Tensor) -> Tensor:
     """Sum of p log(p / q) in nats; positions with p = 0 count 0."""
     return torch.where(p > 0, p * (p / q).log(), 0.0).sum()
+
+
+def compare_methods(
+    model: ToyModel,
+    training: Examples,
+    validation: Examples,
+    methods: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The published table: how far what each method says is from the truth, at the embedding and the hidden state.
+
+    Args:
+        model: the trained network.
+        training: where the mean and spread of the states are taken from.
+        validation: what is explained.
+        methods: names in `METHODS`.
+        options: of a method, where they are not to be its defaults.
+
+    Returns:
+        For each method and site what `distances` returns, of scores by their size.
+
+    Raises:
+        TypeError, ValueError: an unknown method or option, or a method that explains only states that enter a layer.
+    """
+    moments = state_moments(model, training, batch_size=VALIDATION)
+    table = {}
+    for method in methods:
+        chosen = (options or {}).get(method, {})
+        found = attribute(model, validation, method=method, moments=moments, batch_size=VALIDATION, **chosen)
+        table[method] = distances(found, validation)
+    return table
 
 
 def run(
@@ -192,7 +237,7 @@ def run(
     """Train the network and both probes, measure them against the truth, and leave everything in the folder `out`.
 
     Returns:
-        The metrics: `task_accuracy`, `sites.{embedding,hidden}.{kl,js,open}`, `seconds` (all of it, this time).
+        The metrics: `task_accuracy`, `sites.{embedding,hidden}` (see `distances`), `seconds` (all of it, this time).
     """
     start = time.monotonic()
     chosen = recipe_named(recipe, RECIPES)

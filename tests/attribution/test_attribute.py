@@ -12,6 +12,7 @@ from diffmask_fast.moments import state_moments
 from diffmask_fast.sites import patch
 
 TEXTS = ["a fine film", "the king was in the old river house", "dull"]
+QUICK: dict[str, dict] = {"schulz": {"steps": 10}, "guan": {"steps": 10}}
 SITES = ["embedding", "layer 0", "layer 1", "last"]
 
 
@@ -22,9 +23,10 @@ def moments(classifier: Any, tokenizer: Any) -> Any:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_text_alone_and_in_a_batch_get_the_same(method: str, classifier: Any, tokenizer: Any, moments: Any) -> None:
-    together = attribute(classifier, TEXTS, tokenizer, method=method, moments=moments)
+    options = {"method": method, "moments": moments, **QUICK.get(method, {})}
+    together = attribute(classifier, TEXTS, tokenizer, **options)
     for number, text in enumerate(TEXTS):
-        alone = attribute(classifier, [text], tokenizer, method=method, moments=moments)[0]
+        alone = attribute(classifier, [text], tokenizer, **options)[0]
         # sums of at most 32 terms in some forty operations and back, and a share of the largest
         torch.testing.assert_close(together[number].keep, alone.keep, rtol=0, atol=1e-4)
         assert together[number].masked == alone.masked

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from diffmask_fast.attribution import Attributions
+from diffmask_fast.attribution.attribute import attribute
 from diffmask_fast.data import Examples
+from diffmask_fast.moments import state_moments
 from diffmask_fast.sites import patch, sites_of
 from diffmask_fast.tasks import toy
 
@@ -151,6 +153,9 @@ def test_distances_are_those_worked_out_by_hand_and_leave_out_examples_without_a
     assert got["hidden"]["kl"] == pytest.approx(kl / 2, rel=1e-6)
     assert got["hidden"]["js"] == pytest.approx(js / 2, rel=1e-6)
     assert got["embedding"]["js"] < math.log(2)
+    # two numbers of which one is 0
+    assert got["hidden"]["kl_sd"] == pytest.approx(kl / math.sqrt(2), rel=1e-6)
+    assert got["hidden"]["js_sd"] == pytest.approx(js / math.sqrt(2), rel=1e-6)
     assert got["hidden"]["open"] == pytest.approx((0.5 + 0.5 + 0.2) / 3, rel=1e-6)
 
 
@@ -159,6 +164,44 @@ def test_a_distance_does_not_depend_on_the_scale_of_the_attribution() -> None:
     one, half = (toy.distances(attributions((keep * scale).tolist()), HAND) for scale in (1.0, 0.5))
     for site in one:
         assert one[site]["kl"] == pytest.approx(half[site]["kl"], rel=1e-5)
+
+
+def test_an_attribution_of_nothing_has_nothing_in_common_with_the_truth() -> None:
+    assert toy.divergences(torch.tensor([1.0, 0.0]), torch.zeros(2)) == (math.inf, math.log(2))
+    # the limit that it continues: all that is given is given to what is not needed
+    kl, js = toy.divergences(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.3]))
+    assert kl == math.inf and js == pytest.approx(math.log(2))
+
+
+def test_the_table_has_every_method_at_both_sites_and_is_what_each_method_says_by_itself() -> None:
+    torch.manual_seed(0)
+    model, examples = toy.ToyModel(), toy.toy_examples(60, 0)
+    training, validation = examples.select(range(40)), examples.select(range(40, 60))
+    options = {"schulz": {"steps": 5}, "guan": {"steps": 5}, "integrated-gradients": {"steps": 5}}
+    methods = ["leave-one-out", *options]
+    table = toy.compare_methods(model, training, validation, methods, options)
+    assert list(table) == methods
+    moments = state_moments(model, training)
+    for method, sites in table.items():
+        # the same in another order and batches gives the same: sums of at most 192 terms on values near one
+        for site in ("hidden", "embedding"):
+            alone = attribute(
+                model,
+                validation,
+                method=method,
+                sites=[site],
+                moments=moments,
+                batch_size=4,
+                **options.get(method, {}),
+            )
+            expected = toy.distances(alone, validation)[site]
+            assert sites[site] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_the_table_of_a_method_that_explains_layers_only_is_refused() -> None:
+    examples = toy.toy_examples(4, 0)
+    with pytest.raises(ValueError, match="attention explains states that enter a layer"):
+        toy.compare_methods(toy.ToyModel(), examples, examples, ["attention"])
 
 
 def test_relative_entropy_counts_nothing_where_the_truth_is_zero() -> None:
@@ -183,7 +226,9 @@ def test_a_run_leaves_metrics_probe_attributions_and_pictures(recipe: str, tmp_p
     assert 0 <= metrics["task_accuracy"] <= 1
     assert set(metrics["sites"]) == {"embedding", "hidden"}
     for site in metrics["sites"].values():
-        assert set(site) == {"kl", "js", "open"} and all(math.isfinite(value) for value in site.values())
+        assert set(site) == {"kl", "js", "kl_sd", "js_sd", "open"} and all(
+            math.isfinite(value) for value in site.values()
+        )
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left >= {
         "metrics.json",

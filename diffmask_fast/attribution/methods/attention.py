@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffmask_fast.attribution.batch import Batch
 from diffmask_fast.attribution.methods import Found
@@ -21,7 +21,7 @@ def attention(batch: Batch, site: int, home: Moments) -> Found:
     over the queries (the baseline of De Cao et al. 2020, section 5). Queries are the real tokens only.
 
     Raises:
-        ValueError: a model whose attention weights can't be had, see `exposed_attention`.
+        ValueError: a model without attention, or one whose weights can't be had or can't be matched to its sites.
     """
     if batch not in _of_batches:
         _of_batches[batch] = received(batch)
@@ -31,44 +31,40 @@ def attention(batch: Batch, site: int, home: Moments) -> Found:
 
 def received(batch: Batch) -> list[Tensor]:
     """(B, T) float32 for each layer."""
-    with exposed_attention(batch.patched.model):
-        output = batch.patched.run({**batch.inputs, "output_attentions": True}).output
-    weights = getattr(output, "attentions", None)
-    layers = sum(site.side == "input" for site in batch.patched.sites)
-    if not weights or len(weights) != layers or not all(isinstance(layer, Tensor) for layer in weights):
+    model = batch.patched.model
+    name, own = type(model).__name__, getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if own is None:
+        raise ValueError(f"{name} has no attention that transformers knows of: use another method")
+    with exposed_attention(model, own):
+        weights = batch.patched.run({**batch.inputs, "output_attentions": True}).output.get("attentions")
+    if not weights or not all(isinstance(layer, Tensor) for layer in weights):
         raise ValueError(
-            f"{type(batch.patched.model).__name__} has {layers} sites that enter a layer, and with output_attentions "
-            f"gives the weights of {len(weights or ())}: its attention can't be matched to them, use another method"
+            f"the attention of {name} ({own}) gives no weights and can't be changed any more: load the model with "
+            "attn_implementation='eager'"
+        )
+    layers = sum(site.side == "input" for site in batch.patched.sites)
+    if len(weights) != layers:
+        raise ValueError(
+            f"{name} has {layers} sites that enter a layer and the attention weights of {len(weights)} layers: which "
+            "belongs to which is not known, use another method"
         )
     queries = batch.real.unsqueeze(-1)
     return [(layer.float().amax(1) * queries).sum(1) / queries.sum(1) for layer in weights]
 
 
 @contextmanager
-def exposed_attention(model: nn.Module) -> Iterator[None]:
-    """This model with the eager attention of transformers, the one that gives its weights, and afterwards its own.
+def exposed_attention(model: Any, own: str) -> Iterator[None]:
+    """This model with transformers' eager attention, the one that gives its weights, and afterwards with its `own`.
 
-    Raises:
-        ValueError: no transformers model with an attention; one whose attention can't be changed after it was made.
+    Models that choose their attention when they are made are left as they are: many of them go back to the eager one
+    by themselves when they are asked for weights. So are those of several parts, each of which has its own.
     """
-    config: Any = getattr(model, "config", None)
-    own = getattr(config, "_attn_implementation", None)
-    name = type(model).__name__
-    if own is None:
-        raise ValueError(f"{name} has no attention that transformers knows of: use another method")
-    if own == "eager":
+    can = getattr(model, "_can_set_attn_implementation", None)
+    if own == "eager" or can is None or not can() or getattr(model.config, "sub_configs", None):
         yield
         return
-    can: Any = getattr(model, "_can_set_attn_implementation", None)
-    # of a model of several parts each has its own, and not all versions of transformers can set these back
-    if can is None or not can() or getattr(config, "sub_configs", None):
-        raise ValueError(
-            f"the attention of {name} ({own}) gives no weights and can't be changed now: load the model with "
-            "attn_implementation='eager'"
-        )
-    setter: Any = model
-    setter.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        setter.set_attn_implementation(own)
+        model.set_attn_implementation(own)

@@ -40,18 +40,19 @@ def guan(
     """
     check_above_zero("weight", weight)
     state = batch.states[site]
-    unit = home.std.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny).to(state.device)
+    wide = state.to(torch.promote_types(state.dtype, torch.float32))
+    unit = home.std.to(wide).square().mean().sqrt().clamp(min=torch.finfo(home.std.dtype).tiny)
     original = logits(batch, batch.original)
 
     def loss(rho: Tensor, noise: Tensor) -> Tensor:
         sigma = F.softplus(rho)
-        noisy = state.float() + (unit * sigma).unsqueeze(-1) * noise
+        noisy = wide + (unit * sigma).unsqueeze(-1) * noise
         changed = logits(batch, batch.predict(site, noisy.to(state.dtype)))
         distance = (changed - original).square().sum(-1)
         return distance - weight * (sigma.log() * batch.real).sum(-1)
 
-    start = torch.full(state.shape[:2], QUIET, device=state.device)
-    rho = learned(batch, start, loss, state, steps, rate, seed)
+    start = torch.full_like(wide[..., 0], QUIET)
+    rho = learned(batch, start, loss, wide, steps, rate, seed)
     return Found(scores=1 / F.softplus(rho))
 
 

@@ -26,9 +26,9 @@ def learned(
 
     Args:
         batch: the texts.
-        start: (B, T, ...) float32.
+        start: (B, T, ...), float32 or float64.
         loss: (parameters like `start`, noise (B, T, H)) -> (B,).
-        noise_like: (B, T, H), whose shape and device the noise has.
+        noise_like: (B, T, H), whose shape and device the noise has; it is float32.
         steps, rate, seed: how many steps, Adam's learning rate, what the noise depends on beside the text.
 
     Raises:

@@ -42,7 +42,7 @@ def schulz(
     """
     check_above_zero("beta", beta)
     state = batch.states[site]
-    wide = state.float()
+    wide = state.to(torch.promote_types(state.dtype, torch.float32))
     mean, std = home.mean.to(wide), spread(home).to(wide)
     distance = ((wide - mean) / std).square()
     real = batch.real.unsqueeze(-1)
@@ -63,7 +63,7 @@ def information(alpha: Tensor, distance: Tensor) -> Tensor:
     """KL(N(lambda x + (1 - lambda) mean, (1 - lambda)^2 std^2) || N(mean, std^2)) in nats, elementwise, of
     lambda = sigmoid(alpha) and `distance` = ((x - mean) / std)^2. Finite also where 1 - lambda rounds to 0."""
     share = alpha.sigmoid()
-    return F.softplus(alpha) + ((1 - share).square() + share.square() * distance - 1) / 2
+    return F.softplus(alpha) + share * (share * (1 + distance) - 2) / 2
 
 
 def spread(home: Moments) -> Tensor:
