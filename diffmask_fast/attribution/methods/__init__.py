@@ -41,6 +41,7 @@ class Method:
 METHODS = {
     "leave-one-out": Method("gradients", "leave_one_out"),
     "integrated-gradients": Method("gradients", "integrated_gradients"),
+    "erasure": Method("erasure", "erasure"),
 }
 
 
