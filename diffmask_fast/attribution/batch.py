@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmask_fast.attribution.result import KEPT_ABOVE
-from diffmask_fast.data import SECOND, Examples
+from diffmask_fast.data import SECOND, SPECIAL, Examples
 from diffmask_fast.predictions import (
     LogProbabilities,
     answers,
@@ -41,6 +41,8 @@ class Batch:
         original: what the model says about the whole texts.
         kind: of that prediction, see `predictions.KINDS`.
         allowed: (B, T) bool, where a predicted span has to lie.
+        special: (B, T) bool, where the tokenizer's own tokens stand, such as [CLS] and [SEP].
+        fixed: the inputs that are not per token.
     """
 
     patched: Patched
@@ -49,6 +51,8 @@ class Batch:
     original: Prediction
     kind: str
     allowed: Tensor
+    special: Tensor
+    fixed: frozenset[str] = frozenset()
 
     @property
     def real(self) -> Tensor:
@@ -63,25 +67,32 @@ class Batch:
 
         Args:
             site: where.
-            state: (B, T, H), or (R, T, H) with `rows`.
-            rows: (R,) int64, the text of each row: a text may have several, or none.
+            state: (B, T, H), or (R, L, H) with `rows`.
+            rows: (R,) int64, the text of each row: a text may have several, or none. With texts of up to L tokens
+                only, their padding is cut off there: the tables of a span are (R, L).
         """
-        inputs = self.inputs if rows is None else {name: value[rows] for name, value in self.inputs.items()}
+        inputs = self.inputs
+        if rows is not None:
+            cut = {name: value[rows] for name, value in inputs.items()}
+            inputs = {name: v if name in self.fixed else v[:, : state.shape[1]] for name, v in cut.items()}
         output = self.patched.run(inputs, resume=(site, state)).output
         return Prediction(output, log_probabilities(output, self.kind, inputs["attention_mask"]))
 
     def divergence(self, prediction: Prediction, rows: Tensor | None = None) -> Tensor:
         """(B,) or (R,) KL(original || prediction) in nats."""
         original = self.original.tables
-        return kl_divergence(original if rows is None else tuple(t[rows] for t in original), prediction.tables)
+        if rows is not None:
+            original = tuple(p[rows, : q.shape[1]] for p, q in zip(original, prediction.tables, strict=True))
+        return kl_divergence(original, prediction.tables)
 
     def answers(self, prediction: Prediction, rows: Tensor | None = None) -> Tensor:
         """(B, 1 or 2) or (R, 1 or 2): the class, or the span's start and end."""
-        return answers(prediction.tables, self.allowed if rows is None else self.allowed[rows])
+        length = prediction.tables[0].shape[1] if self.kind == "span" else None
+        return answers(prediction.tables, self.allowed if rows is None else self.allowed[rows, :length])
 
     def mixed(self, site: int, gates: Tensor, baseline: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The state at `site` where `gates` (B or R, T) are 1, the `baseline` (H,) where they are 0."""
-        state = self.states[site] if rows is None else self.states[site][rows]
+        """The state at `site` where `gates` (B, T) or (R, L) are 1, the `baseline` (H,) where they are 0."""
+        state = self.states[site] if rows is None else self.states[site][rows, : gates.shape[1]]
         gates = gates.unsqueeze(-1).to(state.dtype)
         return gates * state + (1 - gates) * baseline.to(state.dtype)
 
@@ -103,9 +114,12 @@ def read_batch(
     tables = log_probabilities(output, kind, inputs["attention_mask"])
     for table in tables:
         check_finite(table, "the model's prediction")
-    allowed = [torch.tensor(examples.segments[i]) == SECOND for i in numbers]
-    padded = torch.nn.utils.rnn.pad_sequence(allowed, batch_first=True).to(device)
-    return Batch(patched, inputs, states, Prediction(output, tables), kind, padded)
+    segments = [torch.tensor(examples.segments[i]) for i in numbers]
+    allowed, special = (
+        torch.nn.utils.rnn.pad_sequence([row == segment for row in segments], batch_first=True).to(device)
+        for segment in (SECOND, SPECIAL)
+    )
+    return Batch(patched, inputs, states, Prediction(output, tables), kind, allowed, special, examples.fixed)
 
 
 class Masked(NamedTuple):

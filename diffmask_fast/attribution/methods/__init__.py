@@ -44,6 +44,7 @@ METHODS = {
     "schulz": Method("schulz", "schulz"),
     "guan": Method("guan", "guan"),
     "attention": Method("attention", "attention", layers_only=True),
+    "erasure": Method("erasure", "erasure"),
 }
 
 
