@@ -1,4 +1,4 @@
-"""The command line: `diffmask-fast train | explain | show | doctor`."""
+"""The command line: `diffmask-fast train | explain | show | analyse | doctor`."""
 
 from __future__ import annotations
 
@@ -203,6 +203,54 @@ def show(
         from diffmask_fast.report import html as pages
 
         pages.write(result, html)
+
+
+@app.command()
+def analyse(
+    paths: Annotated[list[Path], typer.Argument(help="attributions.safetensors, or folders of runs; several at once.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tables and the figures.")],
+    squad: Annotated[
+        str | None, typer.Option(help="The SQuAD JSON file or hub data set that was explained; with --model.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of the model that was explained.")] = None,
+    faithful: Annotated[
+        str | None, typer.Option(help="Ask the model about faithfulness too: the site whose states are masked.")
+    ] = None,
+) -> None:
+    """Averages by part of speech and segment, agreement of runs, scores, and faithfulness."""
+    from diffmask_fast.analysis.analyse import analyse as analysed
+    from diffmask_fast.analysis.analyse import read_runs
+    from diffmask_fast.analysis.findings import faithfulness_findings, write
+    from diffmask_fast.report import terminal
+
+    if (squad is None) != (model is None) or (faithful is not None and model is None):
+        raise ValueError("--squad and --model belong together, and --faithful needs both")
+    runs = read_runs(paths)
+    if squad is None or model is None:
+        found = analysed(runs)
+    else:
+        from transformers import AutoTokenizer
+
+        from diffmask_fast.tasks.squad import read_squad, squad_answers
+
+        # a run may have been limited to the first questions
+        pairs, answers = (read(squad, "validation")[: len(runs[0])] for read in (read_squad, squad_answers))
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        found = analysed(runs, pairs, tokenizer, answers)
+        if faithful is not None:
+            from diffmask_fast.analysis.faithfulness import faithfulness
+            from diffmask_fast.data import encode
+            from diffmask_fast.models import load_for
+
+            loaded = load_for(model)
+            curves = faithfulness(loaded, encode(tokenizer, pairs, loaded), runs, site=faithful, show_progress=True)
+            found += faithfulness_findings(curves, "faithfulness")
+            out.mkdir(parents=True, exist_ok=True)
+            curves.save(out / "faithfulness.json")
+    write(found, out)
+    for finding in found:
+        terminal.table(finding.table.title, finding.table.columns, finding.table.rows)
+    typer.echo(f"look at {out / 'tables'} and {out / 'figures'}")
 
 
 @app.command()

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
 
-from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from diffmask_fast.attribution import SEGMENT_NAMES, Attribution, Attributions
-from diffmask_fast.files import replacing
 from diffmask_fast.report import has_two_segments, printable, require_many, require_one
+from diffmask_fast.report.canvas import blank, saved
+from diffmask_fast.report.charts import Line, curves
 
 COLOURS = "cividis"  # the same order to colour-blind eyes and on a greyscale printer
 TOKENS_PER_ROW = 48
@@ -27,10 +25,6 @@ LONGEST_TOKEN = 16  # characters; longer ones are cut so that one URL does not s
 _CELL, _LINE = 0.2, 0.14  # inches, the width of a token and the height of a site
 _LETTER = 0.07  # inches, more than the mean letter takes at 7 or 8 points
 _HEAD = 0.6  # inches, for the two lines above the cells
-
-# Tried in this order for the scripts that matplotlib's own font lacks.
-_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Micro Hei", "Microsoft YaHei")
-_MORE_FONTS = ("Hiragino Sans", "PingFang SC", "Malgun Gothic", "Arial Unicode MS", "Noto Sans")
 
 
 def heatmap(attribution: Attribution, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -58,14 +52,14 @@ def heatmap(attribution: Attribution, path: str | os.PathLike[str] | None = None
     below = _LETTER * max(map(len, shown)) + 0.15
     height = _LINE * len(attribution.site_names)
     size = (max(left + _CELL * width + 0.3, 4.0), _HEAD + rows * (height + below))
-    figure = _figure(size)
+    figure = blank(size)
     for row in range(rows):
         columns = slice(row * width, min((row + 1) * width, len(attribution)))
         bottom = size[1] - _HEAD - height - row * (height + below)
         box = (left, bottom, _CELL * (columns.stop - columns.start), height)
         _panel(_axes(figure, box), attribution, shown, columns)
     _head(figure, attribution, left)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def by_site(attributions: Attributions, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -82,29 +76,12 @@ def by_site(attributions: Attributions, path: str | os.PathLike[str] | None = No
     Source: De Cao et al., EMNLP 2020, figure 5.
     """
     require_many(attributions)
-    names = attributions.site_names
-    figure = _figure((max(4.2, 0.24 * len(names) + 1.4), 3.0))
-    axes = figure.add_axes((0.13, 0.27, 0.84, 0.63))
-    # colour, dash and marker all differ (Okabe and Ito's palette): any one of them is enough
-    curves: list[tuple[str, int | None, str, str, str]] = [("all tokens", None, "#000000", "-", "o")]
+    lines = [Line("all tokens", attributions.mean_keep().tolist())]
     if has_two_segments(attributions):
-        curves.append((SEGMENT_NAMES[1], 1, "#d55e00", "--", "s"))
-        curves.append((SEGMENT_NAMES[2], 2, "#0072b2", ":", "^"))
-    for label, segment, colour, dash, marker in curves:
-        values = attributions.mean_keep(segment).tolist()
-        axes.plot(range(len(names)), values, dash, color=colour, marker=marker, markersize=3.5, lw=1.3, label=label)
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_xlim(-0.5, len(names) - 0.5)
-    axes.set_ylabel("mean P(keep)", fontsize=8)
-    axes.set_xticks(range(len(names)), [printable(name) for name in names], rotation=90, fontsize=7, parse_math=False)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.grid(axis="y", color="#dddddd", lw=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(curves) > 1:
-        axes.legend(fontsize=7, frameon=False)
+        lines += [Line(SEGMENT_NAMES[segment], attributions.mean_keep(segment).tolist()) for segment in (1, 2)]
     texts = f"{len(attributions):,} text{'s' if len(attributions) > 1 else ''}"
-    axes.set_title(f"{attributions.masking} masking, {texts}", fontsize=8, loc="left", parse_math=False)
-    return _saved(figure, path)
+    title = f"{attributions.masking} masking, {texts}"
+    return curves(attributions.site_names, lines, path, title=title, y_label="mean P(keep)", y_limits=(0, 1))
 
 
 def _head(figure: Figure, attribution: Attribution, left: float) -> None:
@@ -142,28 +119,5 @@ def _axes(figure: Figure, box: tuple[float, float, float, float]) -> Axes:
     return figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
 
 
-def _figure(size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, dpi=150)
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    installed = set(font_manager.get_font_names())
-    family = ["DejaVu Sans", *(font for font in (*_FONTS, *_MORE_FONTS) if font in installed)]
-    texts: Any = figure.findobj(lambda artist: hasattr(artist, "set_fontfamily"))
-    for text in texts:
-        text.set_fontfamily(family)
-    if path is not None:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, metadata=_undated(os.fspath(path)))
-    return figure
-
-
-def _undated(path: str) -> dict[str, None]:
-    """Without the time in it, the same attribution gives the same file."""
-    return {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(os.path.splitext(path)[1].lower(), {})

@@ -10,7 +10,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,13 @@ from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
 RECIPES = {"steady": Recipe(), "published": replace(PUBLISHED, warmup_steps=1200, epochs=1)}
 
 
+class Answer(NamedTuple):
+    """A gold answer: its first character in the passage, and its text."""
+
+    start: int
+    text: str
+
+
 def read_squad(source: str | os.PathLike[str], split: str = "train") -> list[tuple[str, str]]:
     """(question, passage) pairs from a SQuAD JSON file, or from a data set of that name on the hub.
 
@@ -31,14 +38,57 @@ def read_squad(source: str | os.PathLike[str], split: str = "train") -> list[tup
         FileNotFoundError: neither a file nor, with the `datasets` package, a data set of the hub.
         ValueError: JSON that isn't SQuAD; the message names the place.
     """
-    if not os.path.exists(source):
-        return _from_hub(str(source), split)
+    if os.path.exists(source):
+        return [(question, passage) for _, question, passage, _ in _from_file(source)]
+    rows = _from_hub(str(source), split)
+    return list(zip((q.strip() for q in rows["question"]), rows["context"], strict=True))
+
+
+def squad_answers(source: str | os.PathLike[str], split: str = "validation") -> list[list[Answer]]:
+    """The gold answers of each question, in the order of `read_squad`; at least one each.
+
+    Raises:
+        FileNotFoundError: as `read_squad`.
+        ValueError: as `read_squad`; a question without an answer, or one that the passage doesn't hold where it says.
+    """
+    if os.path.exists(source):
+        questions = [(place, passage, qa.get("answers")) for place, _, passage, qa in _from_file(source)]
+    else:
+        rows = _from_hub(str(source), split)
+        given = rows["answers"] if "answers" in rows.column_names else [None] * len(rows)
+        questions = []
+        for number, (passage, found) in enumerate(zip(rows["context"], given, strict=True)):
+            pairs = found and zip(found["text"], found["answer_start"], strict=True)
+            listed = pairs and [{"text": text, "answer_start": start} for text, start in pairs]
+            questions.append((f"row {number}", passage, listed))
+    return [_answers(source, place, passage, found) for place, passage, found in questions]
+
+
+def _answers(source: str | os.PathLike[str], place: str, passage: str, found: Any) -> list[Answer]:
+    answers = []
+    try:
+        for answer in found or ():
+            start, text = answer["answer_start"], answer["text"]
+            if not text or start < 0 or passage[start : start + len(text)] != text:
+                raise TypeError(f"the passage does not hold {text!r} at character {start}")
+            answers.append(Answer(start, text))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f'{source}: at {place}: {error!r}; expected "answers": [{{"text": ..., "answer_start": ...}}]'
+        ) from error
+    if not answers:
+        raise ValueError(f"{source}: at {place}: the question has no answer; expected SQuAD 1.1, where each has one")
+    return answers
+
+
+def _from_file(source: str | os.PathLike[str]) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """For each question of a SQuAD file its place, itself, the passage, and what else there is."""
     try:
         with open(source, encoding="utf-8") as file:
             content = json.load(file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is not JSON ({error}); expected a SQuAD file") from error
-    pairs, place = [], "data"
+    questions, place = [], "data"
     try:
         for i, article in enumerate(content["data"]):
             place = f"data[{i}]"
@@ -50,18 +100,19 @@ def read_squad(source: str | os.PathLike[str], split: str = "train") -> list[tup
                 for k, qa in enumerate(paragraph["qas"]):
                     if not (qa["question"].strip() and passage.strip()):
                         raise TypeError(f"the question or the context of qas[{k}] is empty")
-                    pairs.append((qa["question"].strip(), passage))
+                    questions.append((f"{place}.qas[{k}]", qa["question"].strip(), passage, qa))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{source} is JSON but not SQuAD: at {place}: {error!r}; expected "
             '{"data": [{"paragraphs": [{"context": ..., "qas": [{"question": ...}]}]}]}'
         ) from error
-    if not pairs:
+    if not questions:
         raise ValueError(f"{source} holds no question")
-    return pairs
+    return questions
 
 
-def _from_hub(name: str, split: str) -> list[tuple[str, str]]:
+def _from_hub(name: str, split: str) -> Any:
+    """The rows of a data set."""
     try:
         import datasets
     except ImportError:
@@ -71,7 +122,7 @@ def _from_hub(name: str, split: str) -> list[tuple[str, str]]:
     rows = datasets.load_dataset(name, split=split)
     if not {"question", "context"} <= set(rows.column_names):
         raise ValueError(f"{name} has the columns {rows.column_names}; expected SQuAD's question and context")
-    return list(zip((q.strip() for q in rows["question"]), rows["context"], strict=True))
+    return rows
 
 
 def windowed(examples: Examples) -> tuple[int, int]:

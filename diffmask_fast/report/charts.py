@@ -1,0 +1,144 @@
+"""Bars and curves for print: what tables hold, drawn so that it can be read in grey and by colour-blind eyes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from diffmask_fast.report import printable
+from diffmask_fast.report.canvas import blank, saved
+
+# Colour, dash and marker all differ (Okabe and Ito's palette): any one of them is enough.
+STYLES = (
+    ("#000000", "-", "o"),
+    ("#d55e00", "--", "s"),
+    ("#0072b2", ":", "^"),
+    ("#009e73", "-.", "D"),
+    ("#cc79a7", (0, (5, 1)), "v"),
+    ("#56b4e9", (0, (3, 1, 1, 1)), "P"),
+    ("#e69f00", (0, (1, 1)), "X"),
+    ("#666666", (0, (6, 2, 2, 2)), "*"),
+)
+_LETTER = 0.062  # inches, more than the mean letter takes at 7 points
+_TICKS = 0.17  # inches below the axes: the height of ticks that are not turned
+
+
+class Bar(NamedTuple):
+    """A bar: its `name`, its length `value`, and its standard `error` where it has one."""
+
+    name: str
+    value: float
+    error: float | None = None
+
+
+class Line(NamedTuple):
+    """A curve: its name in the legend, and a value for each place on the x axis; NaN leaves a gap."""
+
+    name: str
+    values: Sequence[float]
+
+
+def bars(
+    data: Sequence[Bar], path: str | os.PathLike[str] | None = None, *, title: str = "", label: str = ""
+) -> Figure:
+    """Horizontal bars from the top down in the order given, with a line of one standard error to each side.
+
+    Args:
+        data: at least one bar.
+        path: where to write the figure as well; it is replaced in one step.
+        title, label: above the bars, and of their length.
+
+    Raises:
+        ValueError: no bar, or a length that is not finite.
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    if not data or not all(math.isfinite(bar.value) for bar in data):
+        raise ValueError(f"expected bars of finite length, at least one, got {list(data)}")
+    left = _LETTER * max(len(printable(bar.name)) for bar in data) + 0.25
+    height, width = 0.17 * len(data), left + 3.2
+    figure = blank((width, height + 0.85))
+    axes = figure.add_axes((left / width, 0.5 / (height + 0.85), 3.0 / width, height / (height + 0.85)))
+    places = range(len(data))
+    errors = [bar.error if bar.error is not None and math.isfinite(bar.error) else 0.0 for bar in data]
+    axes.barh(
+        places,
+        [bar.value for bar in data],
+        xerr=errors if any(errors) else None,
+        height=0.72,
+        color="#56b4e9",
+        edgecolor="#0b3d5c",
+        linewidth=0.5,
+        error_kw={"lw": 0.9, "capsize": 1.8, "ecolor": "#000000"},
+    )
+    axes.set_ylim(len(data) - 0.4, -0.6)
+    axes.set_yticks(places, [printable(bar.name) for bar in data], fontsize=7, parse_math=False)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(label, fontsize=8, parse_math=False)
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", color="#dddddd", lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.text(0.1 / width, 1 - 0.18 / (height + 0.85), title, fontsize=8, va="center", parse_math=False)
+    return saved(figure, path)
+
+
+def curves(
+    places: Sequence[str] | Sequence[float],
+    lines: Sequence[Line],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    title: str = "",
+    x_label: str = "",
+    y_label: str = "",
+    y_limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Curves over the same places, which are names (sites) or numbers (shares).
+
+    Args:
+        places: of the x axis.
+        lines: at least one, and no more than there are `STYLES`.
+        path: where to write the figure as well; it is replaced in one step.
+        title, x_label, y_label: in words.
+        y_limits: of the y axis; by default what the curves take.
+
+    Raises:
+        ValueError: no line, too many to be told apart, or one that has not a value for each place.
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    if not 1 <= len(lines) <= len(STYLES):
+        raise ValueError(f"got {len(lines)} lines; expected 1 to {len(STYLES)}: more can't be told apart")
+    for line in lines:
+        if len(line.values) != len(places):
+            raise ValueError(f"the line {line.name} has {len(line.values)} values for {len(places)} places")
+    names = [printable(place) for place in places if isinstance(place, str)]
+    longest = max(map(len, names), default=0)
+    # in inches: the room below the axes follows the longest name, which is turned
+    below = (_LETTER * longest if names else _TICKS) + (0.35 if x_label else 0.15)
+    width, height = max(4.2, 0.24 * len(names) + 1.4), 2.2 + below
+    figure = blank((width, height))
+    axes = figure.add_axes((0.55 / width, below / height, (width - 0.68) / width, 1.9 / height))
+    numbers = range(len(places)) if names else [float(place) for place in places]
+    for line, (colour, dash, marker) in zip(lines, STYLES, strict=False):
+        axes.plot(
+            numbers, line.values, linestyle=dash, color=colour, marker=marker, markersize=3.5, lw=1.3, label=line.name
+        )
+    if names:
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+    if y_limits is not None:
+        room = 0.02 * (y_limits[1] - y_limits[0])
+        axes.set_ylim(y_limits[0] - room, y_limits[1] + room)
+    axes.set_ylabel(y_label, fontsize=8, parse_math=False)
+    axes.set_xlabel(x_label, fontsize=8, parse_math=False)
+    axes.tick_params(labelsize=7)
+    axes.grid(axis="y", color="#dddddd", lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        for text in axes.legend(fontsize=7, frameon=False, handlelength=3.4).get_texts():
+            text.set_parse_math(False)
+    axes.set_title(title, fontsize=8, loc="left", parse_math=False)
+    return saved(figure, path)
