@@ -93,6 +93,8 @@ def run(
     bf16: bool = True,
     limit: int | None = None,
     epochs: float | None = None,
+    compile: bool = False,
+    tokens_per_batch: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train an input-masking probe over all sites and measure it on the evaluation questions.
@@ -107,6 +109,7 @@ def run(
         bf16: run the frozen model in bfloat16 while training; it is measured in float32.
         limit: use only so many questions of each file.
         epochs: instead of the recipe's.
+        compile, tokens_per_batch: as in `train_probe`.
         quiet: no bars.
 
     Returns:
@@ -125,7 +128,8 @@ def run(
         "eval": str(evaluate),
         "seed": seed,
     }
-    config |= {"limit": limit, "bf16": bf16, "recipe": recipe, **chosen.to_dict()}
+    config |= {"limit": limit, "bf16": bf16, "compile": compile, "tokens_per_batch": tokens_per_batch}
+    config |= {"recipe": recipe, **chosen.to_dict()}
     pairs, eval_pairs = read_squad(train)[:limit], read_squad(evaluate, "validation")[:limit]
     folder = runs.begin(out, config, resume)
     if (folder / runs.METRICS).exists():
@@ -154,6 +158,8 @@ def run(
         folder / "checkpoints",
         seed=seed,
         bf16=bf16,
+        compile=compile,
+        tokens_per_batch=tokens_per_batch,
         resume=resume,
         quiet=quiet,
     )
