@@ -81,6 +81,14 @@ def windowed(examples: Examples) -> tuple[int, int]:
     return len(several), sum(several)
 
 
+def _encoded(source: str | os.PathLike[str], tokenizer: Any, pairs: list[tuple[str, str]], model: Any) -> Examples:
+    """The questions of a file; what is wrong with one of them names the file too."""
+    try:
+        return encode(tokenizer, pairs, model)
+    except ValueError as error:
+        raise ValueError(f"{source}, questions counted from 0: {error}") from error
+
+
 def run(
     model_path: str,
     train: str | os.PathLike[str],
@@ -141,7 +149,8 @@ def run(
 
     model = load_for(model_path, "QuestionAnswering")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    training, evaluation = encode(tokenizer, pairs, model), encode(tokenizer, eval_pairs, model)
+    training = _encoded(train, tokenizer, pairs, model)
+    evaluation = _encoded(evaluate, tokenizer, eval_pairs, model)
     (cut, windows), (eval_cut, eval_windows) = windowed(training), windowed(evaluation)
     if cut + eval_cut and not quiet:
         print(

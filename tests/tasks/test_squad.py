@@ -130,6 +130,34 @@ def test_a_run_reads_long_questions_in_windows_and_says_so(
     assert attributions[0].original in LONG[1]
 
 
+@pytest.mark.parametrize("broken", ["train", "dev"])
+def test_a_question_that_leaves_its_passage_no_room_is_named_with_its_file_before_any_training(
+    broken: str, qa_folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(squad, "explain", None)
+    path = tmp_path / f"{broken}.json"
+    path.write_text(json.dumps(as_squad([QUESTIONS[0], ("who " * 29, "the old king"), QUESTIONS[1]])))
+    files = (path, questions) if broken == "train" else (questions, path)
+    with pytest.raises(ValueError, match=rf"{path}, questions counted from 0: text 1, \('who who .* has 35 tokens"):
+        squad.run(str(qa_folder), *files, tmp_path / "run", epochs=1.0, bf16=False, quiet=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_run_reads_a_question_that_leaves_little_room_in_windows_that_share_less(
+    qa_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(as_squad([QUESTIONS[0], ("who " * 25, "a red house")])))
+    metrics = squad.run(str(qa_folder), path, path, tmp_path / "run", epochs=1.0, bf16=False)
+    assert metrics["questions"] == {"train": 2, "eval": 2, "windowed": [0, 0], "windows": [0, 0]}
+    path.write_text(json.dumps(as_squad([QUESTIONS[0], ("who " * 25, "a red house , a blue bird")])))
+    metrics = squad.run(str(qa_folder), path, path, tmp_path / "other", epochs=1.0, bf16=False)
+    # 7 tokens of passage, 4 a window of which 2 are shared
+    assert metrics["questions"] == {"train": 2, "eval": 2, "windowed": [1, 1], "windows": [3, 3]}
+    assert "training questions 1 (3 windows)" in capsys.readouterr().out
+
+
 def check_metrics(metrics: dict, sites: int) -> None:
     assert len(metrics["sites"]) == sites and set(metrics) == {"sites", "overall", "questions", "seconds"}
     for row in (*metrics["sites"].values(), metrics["overall"]):
