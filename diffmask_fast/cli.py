@@ -75,6 +75,10 @@ def train_squad(
     bf16: Annotated[bool, typer.Option(help="Run the frozen model in bfloat16 while training.")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many questions of each file.")] = None,
     epochs: Annotated[float | None, typer.Option(min=0.0, help="Instead of the recipe's.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the frozen model's layers for training.")] = False,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(min=1, help="Batches of at most so many tokens, instead of the recipe's of examples.")
+    ] = None,
 ) -> None:
     """Question answering: a probe over all sites."""
     from diffmask_fast.report import terminal
@@ -92,6 +96,8 @@ def train_squad(
         bf16=bf16,
         limit=limit,
         epochs=epochs,
+        compile=compile,
+        tokens_per_batch=tokens_per_batch,
     )
     columns = ("sampled_kl", "sampled_open", "kl", "open", "open_question", "open_passage", "kept_prediction")
     rows = [(name, *(site[column] for column in columns)) for name, site in metrics["sites"].items()]
@@ -158,9 +164,10 @@ def explain(
     text: Annotated[list[str], typer.Option(help="A text, or a question; may be given several times.")],
     passage: Annotated[list[str] | None, typer.Option(help="The passage of each --text, for pairs.")] = None,
 ) -> None:
-    """Explain texts with a trained probe."""
+    """Explain texts with a trained probe; processes that `torchrun` started share them out."""
     from transformers import AutoTokenizer
 
+    from diffmask_fast import processes
     from diffmask_fast.attribution.explain import explain as explain_texts
     from diffmask_fast.models import load_for
     from diffmask_fast.probes import load_probe
@@ -169,7 +176,10 @@ def explain(
     if passage and len(passage) != len(text):
         raise ValueError(f"{len(text)} --text and {len(passage)} --passage: give one passage for each text, or none")
     texts = list(zip(text, passage, strict=True)) if passage else list(text)
-    result = explain_texts(load_for(model), load_probe(probe), texts, AutoTokenizer.from_pretrained(model))
+    processes.join()
+    result = explain_texts(load_for(model), load_probe(probe), texts, AutoTokenizer.from_pretrained(model), shared=True)
+    if not processes.is_first():
+        return
     result.save(out)
     for one in result:
         terminal.show(one)

@@ -127,14 +127,15 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any, s
         tokenizer: the model's fast tokenizer.
         texts: texts or pairs.
         model: says how many tokens it takes.
-        stride: how many tokens of the part that is cut a window shares with the one before it; by default 128, or a
-            quarter of what the model takes where that is less.
+        stride: how many tokens of the part that is cut a window shares with the one before it; by default 128, a
+            quarter of what the model takes, or half of what there is room for in a window beside the first part of a
+            pair, whichever is least.
 
     Raises:
         TypeError: something that is neither a text nor a pair of texts; a stride that is no int.
         ValueError: no text, or an empty one, also where the tokenizer drops all that it holds; a stride below 0.
-        TooLongError: a text in whose windows there is no room for more than the `stride` tokens that they share,
-            because the first part of the pair takes it.
+        TooLongError: a text in whose windows there is no room for more than the `stride` tokens that they share, by
+            default for a single token, because the first part of the pair takes it.
     """
     if isinstance(texts, str) or not isinstance(texts, Sequence):
         raise TypeError(f"texts: expected a list of texts or of pairs, got {type(texts).__name__}: put it in a list")
@@ -148,11 +149,9 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any, s
         if not all(part.strip() for part in parts):
             raise ValueError(f"text {i} is empty: leave it out")
     limit = length_limit(tokenizer, model)
-    if stride is None:
-        stride = min(LARGEST_STRIDE, limit // 4)
-    if not isinstance(stride, int) or isinstance(stride, bool):
+    if stride is not None and (not isinstance(stride, int) or isinstance(stride, bool)):
         raise TypeError(f"stride: expected a number of tokens, got {stride!r}")
-    if stride < 0:
+    if stride is not None and stride < 0:
         raise ValueError(f"stride is {stride}; expected 0 or more tokens")
 
     rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
@@ -163,9 +162,12 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any, s
     for i, (row, kinds) in enumerate(zip(rows, whole_segments, strict=True)):
         if not set(kinds) >= set(range(FIRST, FIRST + len(row))):
             raise ValueError(f"text {i} is empty: the tokenizer finds nothing in {repr(texts[i])[:80]}; leave it out")
-    windows = [
-        window for i, encoding in enumerate(encodings) for window in _windows(i, encoding.sequence_ids(), limit, stride)
-    ]
+    windows: list[Window] = []
+    for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+        try:
+            windows += _windows(i, encoding.sequence_ids(), limit, stride)
+        except TooLongError as error:
+            raise TooLongError(f"text {i}, {repr(text)[:80]}, {error}") from None
     names = [name for name in tokenizer.model_input_names if name in encodings[0]]
     tokens = [tokenizer.convert_ids_to_tokens(encoding["input_ids"]) for encoding in encodings]
     segments = [window.take(whole_segments[window.text]) for window in windows]
@@ -190,7 +192,7 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any, s
     )
 
 
-def _windows(text: int, parts: list[int | None], limit: int, stride: int) -> list[Window]:
+def _windows(text: int, parts: list[int | None], limit: int, stride: int | None) -> list[Window]:
     """The windows of a text whose tokens belong to `parts`: 0 or 1, or None for special tokens."""
     length, last = len(parts), max(part for part in parts if part is not None)
     # from the first to the last token of the last part: a [SEP] that stands in the text itself belongs to it
@@ -199,11 +201,14 @@ def _windows(text: int, parts: list[int | None], limit: int, stride: int) -> lis
         return [Window(text, length, cut, cut)]
     repeated = length - len(cut)
     room = limit - repeated
+    if stride is None:  # by half of its room at least a window goes on: there would be hundreds of them otherwise
+        stride = min(LARGEST_STRIDE, limit // 4, max(0, room // 2))
     if room <= stride:
         raise TooLongError(
-            f"text {text} has {length} tokens and the model takes {limit}, and {repeated} of them (special tokens and "
-            f"the first part of a pair) would stand in every window: no room there for more than the {stride} tokens "
-            "that windows share; shorten the first part, or give encode a smaller stride"
+            f"has {length} tokens and the model takes {limit}, and {repeated} of them (special tokens and the first "
+            "part of a pair) would stand in every window: no room there for more than the "
+            f"{stride} tokens that windows share; shorten the first part"
+            + (", or give encode a smaller stride" if stride else "")
         )
     # no window after the one that reaches the end: it would hold nothing but what is shared
     starts = range(cut.start, cut.stop - stride, room - stride)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+def join() -> None:
+    """Join the group of processes that `torchrun` started, if it did: a command calls this that has no trainer, which
+    would. What is shared out here is gathered through the CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
 
 
 def several() -> bool:

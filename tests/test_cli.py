@@ -70,6 +70,7 @@ def probe_file(tmp_path: Path) -> Path:
             ["train", "squad"],
             ["--model", "--train", "--eval", "--out", "--bf16", "--limit", "--epochs", "--resume"],
         ),
+        (["train", "squad"], ["--compile", "--tokens-per-batch"]),
         (["explain"], ["--model", "--probe", "--out", "--text", "--passage"]),
         (["show"], ["--index", "--site", "--figure", "--html"]),
     ],
@@ -158,7 +159,7 @@ def test_an_unknown_model_folder_is_refused(
     [
         (["--text", ""], "text 0 is empty: leave it out"),
         (["--text", "who ?", "--passage", " "], "text 0 is empty: leave it out"),
-        (["--text", "film " * 40, "--passage", "a cat"], "text 0 has 45 tokens and the model takes 32, and 43 of them"),
+        (["--text", "film " * 40, "--passage", "a cat"], "has 45 tokens and the model takes 32, and 43 of them"),
         (
             ["--text", "a", "--text", "b", "--passage", "c"],
             "2 --text and 1 --passage: give one passage for each text",

@@ -164,18 +164,36 @@ def test_a_span_in_a_later_window_is_described_by_its_slice_of_the_whole_text(to
 @pytest.mark.parametrize(
     ("text", "stride", "said"),
     [
-        (("film " * 25, "king " * 9), 4, "text 1 has 37 tokens and the model takes 32, and 28 of them"),
-        (("film " * 40, "king"), 0, "text 1 has 44 tokens and the model takes 32, and 43 of them"),
+        (("film " * 25, "king " * 9), 4, "has 37 tokens and the model takes 32, and 28 of them"),
+        (("film " * 40, "king"), 0, "has 44 tokens and the model takes 32, and 43 of them"),
         ("film " * 31, 30, "no room there for more than the 30 tokens that windows share"),
     ],
 )
 def test_a_text_whose_windows_have_no_room_for_more_than_they_share_is_refused(
     text: Any, stride: int, said: str, tokenizer: Any, classifier: Any
 ) -> None:
-    with pytest.raises(TooLongError, match=said):
+    with pytest.raises(TooLongError, match=rf"text 1, .*(film ){{10}}.*, .*{said}"):
         encode(tokenizer, ["a film", text], classifier, stride)
     if stride:
         assert len(encode(tokenizer, [text], classifier, stride - 1)) > 1
+
+
+@pytest.mark.parametrize(("question", "room", "stride"), [(13, 16, 8), (14, 15, 7), (25, 4, 2), (27, 2, 1), (28, 1, 0)])
+def test_where_a_long_first_part_leaves_little_room_windows_share_half_of_it(
+    question: int, room: int, stride: int, tokenizer: Any, classifier: Any
+) -> None:
+    text = ("film " * question, "king " * 40)
+    examples = encode(tokenizer, [text], classifier)
+    pieces = [window.piece for window in examples.windows or ()]
+    assert {len(piece) for piece in pieces[:-1]} == {room}
+    assert {len(set(one) & set(other)) for one, other in pairwise(pieces)} == {stride}
+    assert {token for piece in pieces for token in piece} == set(range(question + 2, question + 42))
+    assert examples.windows == encode(tokenizer, [text], classifier, stride).windows
+
+
+def test_a_first_part_that_leaves_no_room_at_all_is_refused_and_named(tokenizer: Any, classifier: Any) -> None:
+    with pytest.raises(TooLongError, match=r"text 1, .*film film.*, has 72 tokens .*; shorten the first part$"):
+        encode(tokenizer, ["a film", ("film " * 29, "king " * 40)], classifier)
 
 
 def test_a_long_first_part_is_no_matter_where_the_pair_fits(tokenizer: Any, classifier: Any) -> None:

@@ -132,6 +132,14 @@ def windowed(examples: Examples) -> tuple[int, int]:
     return len(several), sum(several)
 
 
+def _encoded(source: str | os.PathLike[str], tokenizer: Any, pairs: list[tuple[str, str]], model: Any) -> Examples:
+    """The questions of a file; what is wrong with one of them names the file too."""
+    try:
+        return encode(tokenizer, pairs, model)
+    except ValueError as error:
+        raise ValueError(f"{source}, questions counted from 0: {error}") from error
+
+
 def run(
     model_path: str,
     train: str | os.PathLike[str],
@@ -145,6 +153,8 @@ def run(
     bf16: bool = True,
     limit: int | None = None,
     epochs: float | None = None,
+    compile: bool = False,
+    tokens_per_batch: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train a probe over all sites and measure it on the evaluation questions.
@@ -160,6 +170,7 @@ def run(
         bf16: run the frozen model in bfloat16 while training; it is measured in float32.
         limit: use only so many questions of each file.
         epochs: instead of the recipe's.
+        compile, tokens_per_batch: as in `train_probe`.
         quiet: no bars.
 
     Returns:
@@ -179,7 +190,8 @@ def run(
         "masking": masking,
         "seed": seed,
     }
-    config |= {"limit": limit, "bf16": bf16, "recipe": recipe, **chosen.to_dict()}
+    config |= {"limit": limit, "bf16": bf16, "compile": compile, "tokens_per_batch": tokens_per_batch}
+    config |= {"recipe": recipe, **chosen.to_dict()}
     pairs, eval_pairs = read_squad(train)[:limit], read_squad(evaluate, "validation")[:limit]
     folder = runs.begin(out, config, resume)
     if (folder / runs.METRICS).exists():
@@ -191,7 +203,8 @@ def run(
 
     model = load_for(model_path, "QuestionAnswering")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    training, evaluation = encode(tokenizer, pairs, model), encode(tokenizer, eval_pairs, model)
+    training = _encoded(train, tokenizer, pairs, model)
+    evaluation = _encoded(evaluate, tokenizer, eval_pairs, model)
     (cut, windows), (eval_cut, eval_windows) = windowed(training), windowed(evaluation)
     if cut + eval_cut and not quiet:
         print(
@@ -208,6 +221,8 @@ def run(
         folder / "checkpoints",
         seed=seed,
         bf16=bf16,
+        compile=compile,
+        tokens_per_batch=tokens_per_batch,
         resume=resume,
         quiet=quiet,
     )

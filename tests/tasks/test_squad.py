@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_probe import a_probe
 
 from diffmask_fast.attribution import Attributions
-from diffmask_fast.data import encode
-from diffmask_fast.probes import load_probe
+from diffmask_fast.data import Examples, encode
+from diffmask_fast.probes import load_probe, save_probe
 from diffmask_fast.tasks import squad
+from diffmask_fast.training import backbone
 
 QUESTIONS = [
     ("who was king ?", "the old king walked in münchen ."),
@@ -126,6 +128,34 @@ def test_a_run_reads_long_questions_in_windows_and_says_so(
     attributions = Attributions.load(tmp_path / "run" / "attributions.safetensors")
     assert len(attributions) == 2 and len(attributions[0].tokens) == 106
     assert attributions[0].original in LONG[1]
+
+
+@pytest.mark.parametrize("broken", ["train", "dev"])
+def test_a_question_that_leaves_its_passage_no_room_is_named_with_its_file_before_any_training(
+    broken: str, qa_folder: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(squad, "explain", None)
+    path = tmp_path / f"{broken}.json"
+    path.write_text(json.dumps(as_squad([QUESTIONS[0], ("who " * 29, "the old king"), QUESTIONS[1]])))
+    files = (path, questions) if broken == "train" else (questions, path)
+    with pytest.raises(ValueError, match=rf"{path}, questions counted from 0: text 1, \('who who .* has 35 tokens"):
+        squad.run(str(qa_folder), *files, tmp_path / "run", epochs=1.0, bf16=False, quiet=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_run_reads_a_question_that_leaves_little_room_in_windows_that_share_less(
+    qa_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(as_squad([QUESTIONS[0], ("who " * 25, "a red house")])))
+    metrics = squad.run(str(qa_folder), path, path, tmp_path / "run", epochs=1.0, bf16=False)
+    assert metrics["questions"] == {"train": 2, "eval": 2, "windowed": [0, 0], "windows": [0, 0]}
+    path.write_text(json.dumps(as_squad([QUESTIONS[0], ("who " * 25, "a red house , a blue bird")])))
+    metrics = squad.run(str(qa_folder), path, path, tmp_path / "other", epochs=1.0, bf16=False)
+    # 7 tokens of passage, 4 a window of which 2 are shared
+    assert metrics["questions"] == {"train": 2, "eval": 2, "windowed": [1, 1], "windows": [3, 3]}
+    assert "training questions 1 (3 windows)" in capsys.readouterr().out
 
 
 def check_metrics(metrics: dict, sites: int) -> None:
@@ -255,3 +285,75 @@ def test_two_processes_share_the_work_and_leave_one_run(questions: Path, qa_fold
     assert done.returncode == 0, done.stderr
     texts = sum(len(p["qas"]) for a in json.loads(questions.read_text())["data"] for p in a["paragraphs"])
     assert json.loads((tmp_path / "texts.json").read_text()) == texts
+
+
+EXPLAIN = """
+import importlib, os, sys
+from pathlib import Path
+module = importlib.import_module("diffmask_fast.attribution.explain")
+read, folder = module.explain_batch, Path(sys.argv.pop(1))
+def noted(patched, probe, texts, numbers):
+    with (folder / ("read" + os.environ.get("RANK", ""))).open("a") as file:
+        print(*numbers, file=file)
+    return read(patched, probe, texts, numbers)
+module.explain_batch = noted
+from diffmask_fast.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_the_explain_command_shares_its_texts_out_among_processes_and_one_of_them_writes(
+    qa_folder: Path, tmp_path: Path
+) -> None:
+    save_probe(a_probe(), tmp_path / "probe.safetensors")
+    (tmp_path / "script.py").write_text(EXPLAIN)
+    # more texts than a batch holds: each process reads some
+    asked = [option for i in range(20) for option in ("--text", QUESTIONS[i % 3][0], "--passage", QUESTIONS[i % 3][1])]
+    asked += ["--model", str(qa_folder), "--probe", str(tmp_path / "probe.safetensors")]
+    found = []
+    for name, launch in (
+        ("alone", []),
+        ("both", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
+    ):
+        out = tmp_path / f"{name}.safetensors"
+        done = subprocess.run(
+            [sys.executable, *launch, str(tmp_path / "script.py"), str(tmp_path), "explain", "--out", str(out), *asked],
+            capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("saved ") == 1
+        found.append(Attributions.load(out).to_dict())
+    assert found[0] == found[1]
+    alone, first, second = ((tmp_path / f"read{rank}").read_text().split() for rank in ("", 0, 1))
+    assert sorted(alone) == sorted(first + second) and first and second
+
+
+def test_a_run_may_make_its_batches_by_tokens_and_resumes_with_the_same_budget_only(
+    questions: Path, qa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    collate = Examples.collate
+    monkeypatch.setattr(Examples, "collate", lambda self, batch: asked.append(len(batch)) or collate(self, batch))
+    options = {"epochs": 1.0, "bf16": False, "quiet": True}
+    with monkeypatch.context() as patched:
+        patched.setattr(squad, "explain", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            squad.run(str(qa_folder), questions, questions, tmp_path / "run", tokens_per_batch=1, **options)
+    # each alone; by the recipe all three would be one batch, as where the states are measured
+    assert asked[-3:] == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"another configuration: \{'tokens_per_batch': 1\}, now"):
+        squad.run(str(qa_folder), questions, questions, tmp_path / "run", resume=True, **options)
+
+
+def test_a_run_may_compile_the_layers(
+    questions: Path, qa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    plain = backbone.torch.compile
+    monkeypatch.setattr(
+        backbone.torch, "compile", lambda f, **o: compiled.append(f) or plain(f, **{**o, "backend": "eager"})
+    )
+    squad.run(str(qa_folder), questions, questions, tmp_path / "run", epochs=1.0, bf16=False, compile=True, quiet=True)
+    assert len(compiled) == 2  # the model's layers
