@@ -22,6 +22,10 @@ train_app = typer.Typer(
     no_args_is_help=True, help="Train a probe on a task; leaves metrics.json, probe and pictures in --out."
 )
 app.add_typer(train_app, name="train")
+reproduce_app = typer.Typer(
+    no_args_is_help=True, help="All of an experiment of the paper: report.html, tables and figures in --out."
+)
+app.add_typer(reproduce_app, name="reproduce")
 
 Out = Annotated[Path, typer.Option(help="Folder for everything that the run leaves.")]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
@@ -156,6 +160,22 @@ def train_sst(
     typer.echo(f"{metrics['seconds']} s; look at {pages}")
 
 
+Quick = Annotated[bool, typer.Option("--quick", help="A small version of everything, in minutes.")]
+
+
+@reproduce_app.command("toy")
+def reproduce_toy(out: Out = Path("runs/reproduce-toy"), quick: Quick = False) -> None:
+    """Every method at both sites of the toy task against the known truth."""
+    from diffmask_fast.report import terminal
+    from diffmask_fast.reproduce import toy
+
+    metrics = toy.run(out, quick=quick)
+    for site in ("hidden", "embedding"):
+        table = toy.distance_table(site, metrics)
+        terminal.table(table.title, table.columns, table.rows)
+    typer.echo(f"look at {out / 'report.html'}")
+
+
 @app.command()
 def explain(
     model: Annotated[str, typer.Option(help="Folder or hub name of the model that the probe was trained on.")],
@@ -244,7 +264,8 @@ def analyse(
         from diffmask_fast.tasks.squad import read_squad, squad_answers
 
         # a run may have been limited to the first questions
-        pairs, answers = (read(squad, "validation")[: len(runs[0])] for read in (read_squad, squad_answers))
+        pairs = read_squad(squad, "validation")[: len(runs[0])]
+        answers = squad_answers(squad, "validation")[: len(runs[0])]
         tokenizer = AutoTokenizer.from_pretrained(model)
         found = analysed(runs, pairs, tokenizer, answers)
         if faithful is not None:

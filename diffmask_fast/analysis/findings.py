@@ -12,7 +12,7 @@ from diffmask_fast.analysis.groups import Group, Share, largest_first
 from diffmask_fast.analysis.squad_scores import Scores
 from diffmask_fast.attribution import Attributions
 from diffmask_fast.report import charts
-from diffmask_fast.report.tables import Table, save_table
+from diffmask_fast.report.tables import Cell, Table, save_table
 
 
 class Finding(NamedTuple):
@@ -47,7 +47,7 @@ def group_finding(attributions: Attributions, groups: Sequence[Group], name: str
 def share_finding(attributions: Attributions, shares: Sequence[Share], name: str) -> Finding:
     """Regions of the texts by site, see `shares`."""
     sites = attributions.site_names
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (site, *(float(values[at]) for share in shares for values in (share.expected, share.kept)))
         for at, site in enumerate(sites)
     ]
@@ -131,7 +131,7 @@ def faithfulness_findings(found: Faithfulness, name: str) -> list[Finding]:
     columns = ("method", "share masked", "prediction kept", "KL (nats)")
     curves = Table(name, f"Faithfulness: {where}, the least important tokens first", columns, rows)
     parts = [f"{what} {share:g}" for what in ("comprehensiveness", "sufficiency") for share in found.rationales]
-    scores = [
+    scores: list[tuple[Cell, ...]] = [
         (line.name, line.mean_comprehensiveness, line.mean_sufficiency, *line.comprehensiveness, *line.sufficiency)
         for line in found.lines
     ]

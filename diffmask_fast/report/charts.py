@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
@@ -140,5 +140,41 @@ def curves(
     if len(lines) > 1:
         for text in axes.legend(fontsize=7, frameon=False, handlelength=3.4).get_texts():
             text.set_parse_math(False)
+    axes.set_title(title, fontsize=8, loc="left", parse_math=False)
+    return saved(figure, path)
+
+
+def scatter(
+    groups: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    title: str = "",
+    x_label: str = "",
+    y_label: str = "",
+) -> Figure:
+    """Points in the plane, each group with its colour and marker.
+
+    Args:
+        groups: by name, the points; no more groups than there are `STYLES`.
+        path: where to write the figure as well; it is replaced in one step.
+        title, x_label, y_label: in words.
+
+    Raises:
+        ValueError: no group, or too many to be told apart.
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    if not 1 <= len(groups) <= len(STYLES):
+        raise ValueError(f"got {len(groups)} groups; expected 1 to {len(STYLES)}: more can't be told apart")
+    figure = blank((4.2, 3.4))
+    axes = figure.add_axes((0.13, 0.13, 0.84, 0.78))
+    for (name, points), (colour, _, marker) in zip(groups.items(), STYLES, strict=False):
+        x, y = zip(*points, strict=True) if points else ((), ())
+        axes.scatter(x, y, s=7, marker=marker, color=colour, alpha=0.5, linewidths=0, label=name)
+    axes.set_xlabel(x_label, fontsize=8, parse_math=False)
+    axes.set_ylabel(y_label, fontsize=8, parse_math=False)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    for text in axes.legend(fontsize=7, frameon=False).get_texts():
+        text.set_parse_math(False)
     axes.set_title(title, fontsize=8, loc="left", parse_math=False)
     return saved(figure, path)

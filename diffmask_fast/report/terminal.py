@@ -14,6 +14,7 @@ from rich.text import Text
 from diffmask_fast.attribution import SEGMENT_NAMES, Attribution, Attributions
 from diffmask_fast.attribution.result import KEPT_ABOVE
 from diffmask_fast.report import has_two_segments, piece, printable, require_many, require_one
+from diffmask_fast.report.tables import Cell, written
 
 BAR = 12  # cells
 
@@ -167,14 +168,12 @@ def _plain(console: Console, text: str) -> Text:
     return Text(lines.encode(console.encoding, "backslashreplace").decode(console.encoding))
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str | float]], file: IO[str] | None = None
-) -> None:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]], file: IO[str] | None = None) -> None:
     """Print a table of names and numbers."""
     console = Console(file=file)
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         shown.add_column(column, justify="right" if i else "left")
     for row in rows:
-        shown.add_row(*(value if isinstance(value, str) else f"{value:.4f}" for value in row))
+        shown.add_row(*(f"{value:.4f}" if isinstance(value, float) else written(value) for value in row))
     console.print(shown)

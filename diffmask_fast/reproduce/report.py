@@ -5,21 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from diffmask_fast.analysis.findings import Finding, write
 from diffmask_fast.files import replacing
-from diffmask_fast.report.tables import Cell, Table, save_table, written
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure: `draw(path)` writes it in the format of the path's ending."""
-
-    name: str
-    caption: str
-    draw: Callable[[Path], object]
+from diffmask_fast.report.tables import Cell, Table, written
 
 
 @dataclass(frozen=True)
@@ -29,15 +22,16 @@ class Section:
     Attributes:
         title: the heading.
         text: what the reader should know about it, one paragraph each.
-        tables, pictures: in that order.
-        links: pages in the same folder, (words, path from there).
+        findings: tables with their figures.
+        pictures: more figures: by caption, the name of the file and what draws it into the file that it is given.
+        links: pages in the same folder: words, and the path from there.
     """
 
     title: str
     text: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = ()
-    links: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    findings: Sequence[Finding] = ()
+    pictures: Mapping[str, tuple[str, Callable[[Path], Any]]] = field(default_factory=dict)
+    links: Sequence[tuple[str, str]] = ()
 
 
 def write_report(folder: Path, title: str, sections: Sequence[Section]) -> None:
@@ -45,21 +39,22 @@ def write_report(folder: Path, title: str, sections: Sequence[Section]) -> None:
     for name in ("tables", "figures"):
         shutil.rmtree(folder / name, ignore_errors=True)  # none that an earlier version left
         (folder / name).mkdir()
+    figures = folder / "figures"
     body = [f"<h1>{html.escape(title)}</h1>"]
     for section in sections:
+        write(section.findings, folder)
         body.append(f"<section><h2>{html.escape(section.title)}</h2>")
         body += [f"<p>{html.escape(text)}</p>" for text in section.text]
-        for table in section.tables:
-            save_table(table, folder / "tables" / f"{table.name}.md")
-            save_table(table, folder / "tables" / f"{table.name}.csv")
-            body.append(_table(table))
-        for picture in section.pictures:
+        for finding in section.findings:
+            body.append(_table(finding.table))
+            body += [_picture(finding.table.title, figures / f"{name}.png") for name in finding.figures]
+        for caption, (name, draw) in section.pictures.items():
             for ending in ("pdf", "png"):
-                picture.draw(folder / "figures" / f"{picture.name}.{ending}")
-            body.append(_picture(picture, folder / "figures" / f"{picture.name}.png"))
+                draw(figures / f"{name}.{ending}")
+            body.append(_picture(caption, figures / f"{name}.png"))
         body += [f'<p><a href="{html.escape(path)}">{html.escape(words)}</a></p>' for words, path in section.links]
         body.append("</section>")
-    page = _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(body))
+    page = _PAGE.replace("TITLE", html.escape(title), 1).replace("BODY", "\n".join(body), 1)
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
 
@@ -76,12 +71,10 @@ def _cell(value: Cell) -> str:
     return f"<td{kind}>{html.escape(written(value))}</td>"
 
 
-def _picture(picture: Picture, png: Path) -> str:
+def _picture(caption: str, png: Path) -> str:
     data = base64.b64encode(png.read_bytes()).decode()
-    caption = html.escape(picture.caption)
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-    )
+    words = html.escape(caption)
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{words}"><figcaption>{words}</figcaption></figure>'
 
 
 _PAGE = """<!doctype html>

@@ -72,6 +72,7 @@ class ToyModel(nn.Module):
         return self.output(counted[torch.arange(len(last), device=last.device), last]).squeeze(-1)
 
 
+MODEL = "model.safetensors"
 SITES = ("embedding", "hidden")
 register_sites(ToyModel, [(SITES[0], "embedding", "output"), (SITES[1], "encoder", "output")])
 
@@ -142,6 +143,15 @@ def train_model(examples: Examples, output_dir: str | os.PathLike[str], *, seed:
     return model
 
 
+def load_model(folder: str | os.PathLike[str]) -> ToyModel:
+    """The network of the run in a folder."""
+    from safetensors.torch import load_file
+
+    model = ToyModel()
+    model.load_state_dict(load_file(os.path.join(folder, MODEL)))
+    return model
+
+
 @torch.no_grad()
 def accuracy(model: ToyModel, examples: Examples) -> float:
     inputs = examples.collate([examples[i] for i in range(len(examples))])
@@ -195,14 +205,14 @@ def relative_entropy(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(p > 0, p * (p / q).log(), 0.0).sum()
 
 
-def compare_methods(
+def explained(
     model: ToyModel,
     training: Examples,
     validation: Examples,
     methods: Sequence[str],
     options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """The published table: how far what each method says is from the truth, at the embedding and the hidden state.
+) -> dict[str, Attributions]:
+    """What each method says about the embedding and the hidden state: with `distances`, the published table.
 
     Args:
         model: the trained network.
@@ -211,19 +221,21 @@ def compare_methods(
         methods: names in `METHODS`.
         options: of a method, where they are not to be its defaults.
 
-    Returns:
-        For each method and site what `distances` returns, of scores by their size.
-
     Raises:
         TypeError, ValueError: an unknown method or option, or a method that explains only states that enter a layer.
     """
     moments = state_moments(model, training, batch_size=VALIDATION)
-    table = {}
-    for method in methods:
-        chosen = (options or {}).get(method, {})
-        found = attribute(model, validation, method=method, moments=moments, batch_size=VALIDATION, **chosen)
-        table[method] = distances(found, validation)
-    return table
+    return {
+        method: attribute(
+            model,
+            validation,
+            method=method,
+            moments=moments,
+            batch_size=VALIDATION,
+            **(options or {}).get(method, {}),
+        )
+        for method in methods
+    }
 
 
 def run(
@@ -244,15 +256,14 @@ def run(
     folder = runs.begin(out, {"task": "toy", "seed": seed, "recipe": recipe, **chosen.to_dict()}, resume)
     if (folder / runs.METRICS).exists():
         return runs.read_json(folder / runs.METRICS)
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from diffmask_fast.training.trainer import fresh_probe, train_probe
 
     training, validation = split(toy_examples(EXAMPLES, seed))
-    weights = folder / "model.safetensors"
+    weights = folder / MODEL
     if weights.exists():
-        model = ToyModel()
-        model.load_state_dict(load_file(weights))
+        model = load_model(folder)
     else:
         model = train_model(training, folder / "checkpoints", seed=seed, quiet=quiet)
         with replacing(weights) as temporary:

@@ -179,7 +179,8 @@ def test_the_table_has_every_method_at_both_sites_and_is_what_each_method_says_b
     training, validation = examples.select(range(40)), examples.select(range(40, 60))
     options = {"schulz": {"steps": 5}, "guan": {"steps": 5}, "integrated-gradients": {"steps": 5}}
     methods = ["leave-one-out", *options]
-    table = toy.compare_methods(model, training, validation, methods, options)
+    said = toy.explained(model, training, validation, methods, options)
+    table = {method: toy.distances(found, validation) for method, found in said.items()}
     assert list(table) == methods
     moments = state_moments(model, training)
     for method, sites in table.items():
@@ -201,7 +202,7 @@ def test_the_table_has_every_method_at_both_sites_and_is_what_each_method_says_b
 def test_the_table_of_a_method_that_explains_layers_only_is_refused() -> None:
     examples = toy.toy_examples(4, 0)
     with pytest.raises(ValueError, match="attention explains states that enter a layer"):
-        toy.compare_methods(toy.ToyModel(), examples, examples, ["attention"])
+        toy.explained(toy.ToyModel(), examples, examples, ["attention"])
 
 
 def test_relative_entropy_counts_nothing_where_the_truth_is_zero() -> None:
