@@ -58,9 +58,7 @@ class Search:
         if self.exhaustive or size < 2:
             return combinations(self.free, size)
         front = [subset for _, subset in sorted(self.tried)[:beam]]
-        return {
-            tuple(sorted((*subset, token))) for subset in front for token in self.free if token not in subset
-        }
+        return {tuple(sorted((*subset, token))) for subset in front for token in self.free if token not in subset}
 
     def smaller(self) -> list[Subset]:
         """What is found without one of its tokens, as far as that was not tried yet."""
