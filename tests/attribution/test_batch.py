@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,3 +78,31 @@ def test_gradients_reach_the_gates_and_the_baseline(model: Any, examples: Exampl
         masked.output.logits[:, 0].sum().backward()
     assert gates.grad is not None and (gates.grad[batch.real == 1] != 0).all()
     assert baseline.grad is not None and (baseline.grad != 0).any()
+
+
+@torch.no_grad()
+def test_rows_of_short_texts_may_do_without_the_padding_of_long_ones(model: Any, examples: Examples) -> None:
+    rows = torch.tensor([1, 1])
+    gates = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]], dtype=torch.float32)
+    labelled = replace(examples, inputs=[item | {"labels": 1} for item in examples.inputs], fixed=frozenset({"labels"}))
+    with patch(model) as patched:
+        batch = read_batch(patched, labelled, [0, 1], [0], torch.device("cpu"))
+        padded = torch.nn.functional.pad(gates, (0, 2))
+        whole = batch.predict(0, batch.mixed(0, padded, torch.zeros(16), rows), rows)
+        cut = batch.predict(0, batch.mixed(0, gates, torch.zeros(16), rows), rows)
+    # the same sums, but for zeros at their ends, in another order
+    torch.testing.assert_close(cut.output.logits, whole.output.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(batch.divergence(cut, rows), batch.divergence(whole, rows), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cut_span_is_compared_with_the_original_one(tiny_bert: Any, examples: Examples) -> None:
+    passage = replace(examples, segments=[[0] + [2] * (len(row) - 1) for row in examples.segments])
+    rows = torch.tensor([1, 1])
+    with patch(tiny_bert("ForQuestionAnswering")) as patched:
+        batch = read_batch(patched, passage, [0, 1], [0], torch.device("cpu"))
+        cut = batch.predict(0, batch.mixed(0, torch.ones(2, 4), torch.zeros(16), rows), rows)
+    assert cut.tables[0].shape == (2, 4)
+    assert torch.equal(batch.answers(cut, rows), batch.answers(batch.original)[rows])
+    torch.testing.assert_close(batch.divergence(cut, rows), torch.zeros(2), rtol=0, atol=1e-5)
+    assert batch.special.tolist() == [[True] + [False] * 5] * 2
