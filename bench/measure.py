@@ -19,16 +19,16 @@ Run = Callable[[], Any]
 WARM_UP = 3
 
 
-def in_turn(runs: dict[str, Run], device: str, rounds: int) -> dict[str, list[float]]:
+def in_turn(runs: dict[str, Run], device: str, rounds: int, warm_up: int = WARM_UP) -> dict[str, list[float]]:
     """Milliseconds of each run in each round. All take turns: a noisy machine is noisy for all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + WARM_UP):
+    for turn in range(rounds + warm_up):
         for name, run in runs.items():
             _wait(device)
             start = time.perf_counter()
             run()
             _wait(device)
-            if turn >= WARM_UP:  # the first turns warm caches and compile
+            if turn >= warm_up:  # the first turns warm caches and compile
                 times[name].append(1e3 * (time.perf_counter() - start))
     return times
 

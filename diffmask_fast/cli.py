@@ -80,6 +80,9 @@ def train_squad(
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many questions of each file.")] = None,
     epochs: Annotated[float | None, typer.Option(min=0.0, help="Instead of the recipe's.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the frozen model's layers for training.")] = False,
+    checkpoint_layers: Annotated[
+        bool, typer.Option("--checkpoint-layers", help="Less memory on long texts, for a pass more.")
+    ] = False,
     tokens_per_batch: Annotated[
         int | None, typer.Option(min=1, help="Batches of at most so many tokens, instead of the recipe's of examples.")
     ] = None,
@@ -101,6 +104,7 @@ def train_squad(
         limit=limit,
         epochs=epochs,
         compile=compile,
+        checkpoint_layers=checkpoint_layers,
         tokens_per_batch=tokens_per_batch,
     )
     columns = ("sampled_kl", "sampled_open", "kl", "open", "open_question", "open_passage", "kept_prediction")

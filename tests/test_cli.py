@@ -70,7 +70,7 @@ def probe_file(tmp_path: Path) -> Path:
             ["train", "squad"],
             ["--model", "--train", "--eval", "--out", "--bf16", "--limit", "--epochs", "--resume"],
         ),
-        (["train", "squad"], ["--compile", "--tokens-per-batch"]),
+        (["train", "squad"], ["--compile", "--checkpoint-layers", "--tokens-per-batch"]),
         (["explain"], ["--model", "--probe", "--out", "--text", "--passage"]),
         (["show"], ["--index", "--site", "--figure", "--html"]),
     ],

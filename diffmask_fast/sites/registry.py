@@ -43,6 +43,11 @@ _ENTRIES: dict[type | str, tuple[Site, ...]] = {
         Site("layer {i}", "encoder.layer.*", "input"),
         Site("last", "encoder.layer.-1", "output"),
     ),
+    "ModernBertModel": (  # "last" stands before the final norm
+        Site("embedding", "embeddings.tok_embeddings", "output"),
+        Site("layer {i}", "layers.*", "input"),
+        Site("last", "layers.-1", "output"),
+    ),
 }
 
 

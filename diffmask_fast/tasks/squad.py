@@ -154,6 +154,7 @@ def run(
     limit: int | None = None,
     epochs: float | None = None,
     compile: bool = False,
+    checkpoint_layers: bool = False,
     tokens_per_batch: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def run(
         bf16: run the frozen model in bfloat16 while training; it is measured in float32.
         limit: use only so many questions of each file.
         epochs: instead of the recipe's.
-        compile, tokens_per_batch: as in `train_probe`.
+        compile, checkpoint_layers, tokens_per_batch: as in `train_probe`.
         quiet: no bars.
 
     Returns:
@@ -222,6 +223,7 @@ def run(
         seed=seed,
         bf16=bf16,
         compile=compile,
+        checkpoint_layers=checkpoint_layers,
         tokens_per_batch=tokens_per_batch,
         resume=resume,
         quiet=quiet,

@@ -1,13 +1,16 @@
-"""The frozen model as a training runs it: in another dtype, with the attention that is faster there, compiled."""
+"""The frozen model as a training runs it: in another dtype, with the attention that is faster there, compiled, or with
+little kept for backward."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 PRODUCTS = "diffmask_fast_products"
 PRODUCTS_UP_TO = 512
@@ -31,6 +34,26 @@ def compiled(layers: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for layer in chosen:
             vars(layer).pop("forward", None)
+
+
+@contextmanager
+def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Of each of these modules, kept for backward is what enters it; it runs again then. Afterwards all is as it was.
+
+    What runs again is the module's forward, without the hooks around it: the states that were put in its place, which
+    are what entered, are still there. The transformers' own checkpointing would lose them where it wraps the hooks too.
+    A frozen model draws nothing, so that no state of a generator has to be kept.
+    """
+    before = {layer: vars(layer).get("forward") for layer in layers}
+    try:
+        for layer in before:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer, forward in before.items():
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from diffmask_fast.masking import frozen
 from diffmask_fast.moments import state_moments
 from diffmask_fast.probes import Probe
 from diffmask_fast.runs import read_json, write_json
-from diffmask_fast.sites import patch
-from diffmask_fast.training.backbone import compiled, running_in
+from diffmask_fast.sites import Patched, patch
+from diffmask_fast.training.backbone import checkpointed, compiled, running_in
 from diffmask_fast.training.multipliers import Ascent
 from diffmask_fast.training.objective import Objective
 from diffmask_fast.training.recipe import Recipe
@@ -193,6 +193,7 @@ def train_probe(
     seed: int = 0,
     bf16: bool = False,
     compile: bool = False,
+    checkpoint_layers: bool = False,
     tokens_per_batch: int | None = None,
     predictions: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -210,6 +211,8 @@ def train_probe(
         seed: of everything drawn.
         bf16: run the frozen model in bfloat16; the gates stay float32.
         compile: compile the frozen model's layers with `torch.compile`, which takes about a minute on a CPU.
+        checkpoint_layers: of each layer of the frozen model keep only its input for backward, and run it again then.
+            Less memory, which long texts need, for a pass more; the gradients stay the same.
         tokens_per_batch: instead of the recipe's number of examples, as many of similar length as have at most so
             many tokens, padding included.
         predictions: folder in which the original predictions are remembered, by default `output_dir`; runs of the same
@@ -222,7 +225,7 @@ def train_probe(
         The objective, with the trained probe and the multipliers.
 
     Raises:
-        ValueError: `tokens_per_batch` below 1.
+        ValueError: `tokens_per_batch` below 1; `checkpoint_layers` where a site stands within a layer.
     """
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch is {tokens_per_batch}; expected 1 or more, or None")
@@ -251,7 +254,7 @@ def train_probe(
     if args.n_gpu > 1:
         args._n_gpu = 1  # more than one take `torchrun`: threads in one process would share the model's hooks
     model.to(args.device)
-    checkpoint = newest_checkpoint(output_dir) if resume else None
+    newest = newest_checkpoint(output_dir) if resume else None
     dtype, longest = torch.bfloat16 if bf16 else None, max(examples.lengths)
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
@@ -262,18 +265,29 @@ def train_probe(
             print(f"original predictions are remembered in {remembered.path} ({remembered.nbytes / 1e6:.1f} MB)")
         if compile:
             stack.enter_context(compiled(patched.layers))
+        if checkpoint_layers:
+            refuse_inner_sites(model, patched)
+            stack.enter_context(checkpointed(patched.layers))
         trainer = ProbeTrainer(Objective(patched, probe, recipe, remembered), examples, args, tokens_per_batch)
         if quiet:
             from transformers import PrinterCallback
 
             trainer.remove_callback(PrinterCallback)
-        state = read_json(Path(checkpoint) / "trainer_state.json") if checkpoint else {}
-        if checkpoint and state["global_step"] >= state["max_steps"]:
-            trainer._load_from_checkpoint(checkpoint)  # `train` would take one step more
+        state = read_json(Path(newest) / "trainer_state.json") if newest else {}
+        if newest and state["global_step"] >= state["max_steps"]:
+            trainer._load_from_checkpoint(newest)  # `train` would take one step more
         else:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=newest)
         trainer.objective.set_progress(1.0)
         return trainer.objective
+
+
+def refuse_inner_sites(model: nn.Module, patched: Patched) -> None:
+    """Refuse sites within a layer: what stands there in a step would not stand there when the layer runs again."""
+    within = {part for layer in patched.layers for part in layer.modules() if part is not layer}
+    for site in patched.sites:
+        if model.get_submodule(site.module) in within:
+            raise ValueError(f"checkpoint_layers: the site {site} stands within a layer: leave the option out")
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> str | None:

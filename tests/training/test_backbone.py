@@ -1,16 +1,29 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from tiny_probe import a_probe
 
 pytest.importorskip("transformers")
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from diffmask_fast.data import encode
 from diffmask_fast.masking import frozen
-from diffmask_fast.sites import patch
-from diffmask_fast.training.backbone import PRODUCTS, PRODUCTS_UP_TO, attention_by_products, compiled, running_in
+from diffmask_fast.sites import patch, register_sites
+from diffmask_fast.training.backbone import (
+    PRODUCTS,
+    PRODUCTS_UP_TO,
+    attention_by_products,
+    checkpointed,
+    compiled,
+    running_in,
+)
+from diffmask_fast.training.objective import Objective
+from diffmask_fast.training.recipe import Recipe
+from diffmask_fast.training.trainer import train_probe
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -66,6 +79,99 @@ def test_a_model_without_a_configuration_runs_too() -> None:
     with running_in(model, torch.bfloat16, 3):
         assert model(torch.zeros(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert model.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("masking", ["input", "hidden"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_checkpointed_layers_give_a_steps_loss_and_gradients_to_the_last_bit(
+    masking: str, bf16: bool, tiny_bert: Any
+) -> None:
+    model = tiny_bert("ForQuestionAnswering")
+    ids = torch.randint(5, 50, (4, 9), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(9) < torch.tensor([[9], [5], [7], [9]])).long()}
+    runs = []
+    with frozen(model), running_in(model, torch.bfloat16 if bf16 else None, 9), patch(model) as patched:
+        objective = Objective(patched, a_probe(masking), Recipe()).eval()
+        objective.draw_sites = lambda count: torch.tensor([2, 0, 3, 1])
+        for wrap in (lambda layers: nullcontext(), checkpointed):
+            with wrap(patched.layers):
+                torch.manual_seed(1)
+                loss = objective(**inputs)["loss"]
+                runs.append([loss, *torch.autograd.grad(loss, list(objective.probe.parameters()))])
+    # the same operations on the same numbers
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+    assert all(value.abs().sum() > 0 for value in runs[0])
+
+
+def test_of_a_checkpointed_layer_little_is_kept_and_it_runs_again_with_what_a_hook_put_there(tiny_bert: Any) -> None:
+    model = tiny_bert("ForSequenceClassification")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    ran: list[int] = []
+    for i, layer in enumerate(model.bert.encoder.layer):
+        layer.attention.register_forward_hook(lambda *_, i=i: ran.append(i))
+    new = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    kept: list[int] = []
+    gradients = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[-1] += tensor.nbytes
+        return tensor
+
+    with frozen(model), patch(model) as patched:
+        for wrap, runs_again in ((lambda layers: nullcontext(), []), (checkpointed, [1, 0])):
+            kept.append(0)
+            with wrap(patched.layers), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                ran.clear()
+                output = patched.run(inputs, replace={1: lambda state: state * new}).output
+                assert ran == [0, 1]
+                gradients += torch.autograd.grad(output.logits.square().sum(), new)
+                assert ran == [0, 1, *runs_again]
+    assert torch.equal(*gradients)
+    entered = 2 * new.nbytes  # which a checkpoint holds, but not as a saved tensor
+    assert kept[1] + entered < kept[0] / 2
+
+
+def test_a_training_with_checkpointed_layers_gives_the_same_probe(
+    tiny_bert: Any, tokenizer: Any, tmp_path: Any
+) -> None:
+    model = tiny_bert("ForQuestionAnswering")
+    texts = [("who was king ?", "the old king walked ."), ("what ?", "a cat in paris"), ("where ?", "the blue city")]
+    examples, recipe = encode(tokenizer, texts, model), Recipe(epochs=3, batch_size=2)
+    weights = []
+    for option in (False, True):
+        probe = a_probe()
+        train_probe(model, probe, examples, recipe, tmp_path / str(option), checkpoint_layers=option, quiet=True)
+        weights.append(probe.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert any(not torch.equal(value, a_probe().state_dict()[name]) for name, value in weights[0].items())
+
+
+def test_layers_with_a_site_inside_are_not_checkpointed(tiny_bert: Any, tokenizer: Any, tmp_path: Any) -> None:
+    model = tiny_bert("ForQuestionAnswering")
+
+    class Inner(type(model.bert)):
+        pass
+
+    rows = [("layer {i}", "encoder.layer.*", "input"), ("attention", "encoder.layer.1.attention.output", "output")]
+    register_sites(Inner, rows)
+    model.bert.__class__ = Inner
+    examples = encode(tokenizer, [("who was king ?", "the old king walked .")], model)
+    with pytest.raises(ValueError, match=r"checkpoint_layers: the site attention: .* stands within a layer"):
+        train_probe(model, a_probe(sites=3), examples, Recipe(), tmp_path, checkpoint_layers=True, quiet=True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_checkpointing_leaves_a_forward_that_stood_on_the_instance_there(tiny_bert: Any, fails: bool) -> None:
+    first, second = tiny_bert("Model").encoder.layer
+    first.forward = own = first.forward
+    try:
+        with checkpointed([first, second]):
+            assert first.forward is not own and "forward" in vars(second)
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    assert vars(first)["forward"] is own and "forward" not in vars(second)
 
 
 @pytest.mark.slow
