@@ -180,6 +180,36 @@ def reproduce_toy(out: Out = Path("runs/reproduce-toy"), quick: Quick = False) -
     typer.echo(f"look at {out / 'report.html'}")
 
 
+@reproduce_app.command("sst")
+def reproduce_sst(
+    model: Annotated[str, typer.Option(help="Folder or hub name of an encoder; it is fine-tuned if it has no head.")],
+    train: Annotated[str, typer.Option(help="File of sentiment trees to train on.")],
+    evaluate: Annotated[str, typer.Option("--eval", help="File of sentiment trees to measure on.")],
+    out: Out = Path("runs/reproduce-sst"),
+    quick: Quick = False,
+) -> None:
+    """Sentiment: encoder and GRU, probes, all methods, exact search, analyses."""
+    from diffmask_fast.reproduce import sst
+
+    sst.run(model, train, evaluate, out, quick=quick)
+    typer.echo(f"look at {out / 'report.html'}")
+
+
+@reproduce_app.command("squad")
+def reproduce_squad(
+    model: Annotated[str, typer.Option(help="Folder or hub name of a question-answering model.")],
+    train: Annotated[str, typer.Option(help="SQuAD JSON file or hub data set to train on.")],
+    evaluate: Annotated[str, typer.Option("--eval", help="SQuAD JSON file or hub data set to measure on.")],
+    out: Out = Path("runs/reproduce-squad"),
+    quick: Quick = False,
+) -> None:
+    """Question answering: probes of inputs and of hidden states, all methods, analyses."""
+    from diffmask_fast.reproduce import squad
+
+    squad.run(model, train, evaluate, out, quick=quick)
+    typer.echo(f"look at {out / 'report.html'}")
+
+
 @app.command()
 def explain(
     model: Annotated[str, typer.Option(help="Folder or hub name of the model that the probe was trained on.")],

@@ -152,6 +152,7 @@ def run(
     resume: bool = False,
     bf16: bool = True,
     limit: int | None = None,
+    eval_limit: int | None = None,
     epochs: float | None = None,
     compile: bool = False,
     checkpoint_layers: bool = False,
@@ -170,6 +171,7 @@ def run(
         resume: go on with the run in `out`.
         bf16: run the frozen model in bfloat16 while training; it is measured in float32.
         limit: use only so many questions of each file.
+        eval_limit: of the evaluation file another number of them.
         epochs: instead of the recipe's.
         compile, checkpoint_layers, tokens_per_batch: as in `train_probe`.
         quiet: no bars.
@@ -191,9 +193,16 @@ def run(
         "masking": masking,
         "seed": seed,
     }
-    config |= {"limit": limit, "bf16": bf16, "compile": compile, "tokens_per_batch": tokens_per_batch}
+    eval_limit = limit if eval_limit is None else eval_limit
+    config |= {
+        "limit": limit,
+        "eval_limit": eval_limit,
+        "bf16": bf16,
+        "compile": compile,
+        "tokens_per_batch": tokens_per_batch,
+    }
     config |= {"recipe": recipe, **chosen.to_dict()}
-    pairs, eval_pairs = read_squad(train)[:limit], read_squad(evaluate, "validation")[:limit]
+    pairs, eval_pairs = read_squad(train)[:limit], read_squad(evaluate, "validation")[:eval_limit]
     folder = runs.begin(out, config, resume)
     if (folder / runs.METRICS).exists():
         return runs.read_json(folder / runs.METRICS)

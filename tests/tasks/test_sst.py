@@ -100,11 +100,15 @@ def test_all_windows_of_a_long_text_have_its_label(encoder: str, tokenizer: Any,
     assert len(examples) > 2 and examples.windows is not None
     seen: list[tuple[int, int]] = []
     model.register_forward_pre_hook(
-        lambda _, __, given: seen.extend(zip(given["input_ids"].sum(-1).tolist(), given["labels"].tolist())),
+        lambda _, __, given: seen.extend(
+            zip(given["input_ids"].sum(-1).tolist(), given["labels"].tolist(), strict=True)
+        ),
         with_kwargs=True,
     )
     fine_tune(model, examples, [1, 0], FineTuning(1, 1e-3), tmp_path / "out", quiet=True)
-    expected = [(sum(item["input_ids"]), int(w.text == 0)) for item, w in zip(examples.inputs, examples.windows)]
+    expected = [
+        (sum(item["input_ids"]), int(w.text == 0)) for item, w in zip(examples.inputs, examples.windows, strict=True)
+    ]
     assert sorted(seen) == sorted(expected)
 
 
@@ -129,7 +133,7 @@ def test_a_run_goes_from_trees_to_reports_and_a_finished_one_is_not_run_again(
     assert metrics["sentences"] == {"train": 6, "eval": 6, "neutral": [0, 0]}
     assert json.loads((out / "metrics.json").read_text()) == metrics
     model = load_for(str(out / "model"))
-    assert list(model.config.id2label.values())[0] == "very negative" and model.config.num_labels == 5
+    assert model.config.id2label[0] == "very negative" and model.config.num_labels == 5
     for masking in ("input", "hidden"):
         left = {path.name for path in (out / masking).iterdir()}
         assert left >= {"metrics.json", "report.html", "example.png", "by_site.png", "attributions.safetensors"}
