@@ -244,7 +244,7 @@ def search_finding(result: dict[str, Any]) -> Finding:
         "seconds a sentence",
     )
     title = (
-        f"GRU, word embeddings, {result['sentences']} sentences of at most {SEARCHED_TO} tokens: the same class at a KL "
-        f"of at most {SEARCH_TOLERANCE} nats"
+        f"GRU, word embeddings, {result['sentences']} sentences of at most {SEARCHED_TO} tokens: the same class at a "
+        f"KL of at most {SEARCH_TOLERANCE} nats"
     )
     return Finding(Table("search", title, columns, rows), {})
