@@ -12,7 +12,7 @@ from diffmask_fast.moments import state_moments
 from diffmask_fast.sites import patch
 
 TEXTS = ["a fine film", "the king was in the old river house", "dull"]
-QUICK: dict[str, dict] = {"schulz": {"steps": 10}, "guan": {"steps": 10}}
+QUICK: dict[str, dict] = {name: {"steps": 10} for name in ("schulz", "guan", "diffmask-per-example", "reinforce")}
 SITES = ["embedding", "layer 0", "layer 1", "last"]
 
 

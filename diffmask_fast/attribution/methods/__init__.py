@@ -45,6 +45,8 @@ METHODS = {
     "guan": Method("guan", "guan"),
     "attention": Method("attention", "attention", layers_only=True),
     "erasure": Method("erasure", "erasure"),
+    "diffmask-per-example": Method("per_example", "diffmask_per_example"),
+    "reinforce": Method("per_example", "reinforce"),
 }
 
 

@@ -7,6 +7,7 @@ from zlib import crc32
 
 import pytest
 import torch
+from reader import Reader, read_examples
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -14,7 +15,7 @@ from diffmask_fast.attribution.attribute import attribute
 from diffmask_fast.attribution.methods import guan, schulz
 from diffmask_fast.data import Examples, encode
 from diffmask_fast.moments import Moments, state_moments
-from diffmask_fast.sites import patch, register_sites
+from diffmask_fast.sites import patch
 
 TEXTS = ["a fine film", "the king was in the old river house", "dull"]
 PAIRS = [("who was king", "the king was in the old house"), ("what", "a dull film")]
@@ -175,32 +176,6 @@ def test_steps_of_a_batch_are_those_of_each_text_alone(name: str, model: Any, ex
         # Adam divides by at least 1e-8, so that gradients 1e-14 apart move 6 steps of 0.1 by at most 6e-7, and scores
         # change at most some ten times as fast; they are then rounded to float32
         torch.testing.assert_close(found[i].scores[:, 0].double(), expected, rtol=1e-6, atol=1e-5)
-
-
-class Reader(nn.Module):
-    """Reads the second token and no other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(20, 8)
-        self.output = nn.Linear(8, 3)
-        self.output.weight.data *= 10
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.output(self.embedding(input_ids)[:, 1])
-
-
-register_sites(Reader, [("embedding", "embedding", "output")])
-
-
-def read_examples(count: int = 12) -> Examples:
-    generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(20, (2 + i % 4,), generator=generator).tolist() for i in range(count)]
-    tokens = [[str(token) for token in row] for row in rows]
-    return Examples(
-        [{"input_ids": row} for row in rows], tokens, [[1] * len(row) for row in rows], lambda i, answer: str(answer)
-    )
 
 
 def test_the_bottleneck_lets_information_through_at_the_token_that_is_read_and_less_and_less_at_others() -> None:

@@ -1,0 +1,214 @@
+"""DiffMask without amortisation: the gates of each text are learned for that text alone, many texts side by side.
+
+Two ways to the same objective, for each text by itself (De Cao et al. 2020, section 2.3 and appendix C):
+
+    min over gates (and baseline), max over multiplier >= 0:
+        mean over real tokens of log P(z != 0)  +  multiplier * (KL(original || masked) - tolerance)
+
+`diffmask_per_example` draws Hard Concrete gates, through which the KL has a gradient; `reinforce` draws Bernoulli gates
+and estimates it by their score, with a moving average of the loss as control variate (Williams 1992).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffmask_fast.attribution.batch import Batch, Prediction
+from diffmask_fast.attribution.methods import Found
+from diffmask_fast.attribution.methods.learned import check_above_zero, noise_of
+from diffmask_fast.attribution.result import KEPT_ABOVE
+from diffmask_fast.moments import Moments
+from diffmask_fast.ops.reference import hard_concrete, log_open
+
+OPEN = 5.0  # where the logits start, as published
+CLAMP = 10.0  # and between which they stay
+MULTIPLIER_RATE = 0.1  # of log(multiplier), per step and violation in tolerances
+MULTIPLIERS = (0.3, 200.0)  # between which they stay
+LOOK = 20  # steps between two looks at what would be kept
+PATIENCE = 10  # looks without anything better after which a text is done
+BASELINE_RATE = 0.1  # of the learned baseline, as a share of the logits' rate
+MEMORY = 0.99  # of REINFORCE's moving average
+DRAWS = 16  # for the variance
+
+
+def diffmask_per_example(
+    batch: Batch,
+    site: int,
+    home: Moments,
+    tolerance: float = 0.1,
+    steps: int = 400,
+    rate: float = 0.2,
+    learn_baseline: bool = True,
+    seed: int = 0,
+) -> Found:
+    """P(z != 0) of gates that are learned for each text, with what replaces a dropped state.
+
+    Each text has its own multiplier, noise and stop: every `LOOK` steps the tokens with P(z != 0) above one half are
+    kept and all others dropped; the gates of the fewest tokens that keep the answer, within the tolerance, are the
+    result. A text that finds nothing better for `PATIENCE` looks is done and costs nothing more.
+
+    Args:
+        batch, site, home: what is explained; the baseline starts at `home.mean`.
+        tolerance: nats.
+        steps: at most.
+        rate: of Adam, for the logits; a tenth of it for the baseline, in units of the site's spread.
+        learn_baseline: False leaves the baseline where it starts.
+        seed: of the noise.
+
+    Returns:
+        `Found` with `keep` and, in its details: "steps" that the text took; "multiplier" at the end; "violated", 1
+        where the drawn gates exceed the tolerance on average at the end; "variance" of the gradient for the logits,
+        summed over tokens, at the end, from 16 draws.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, None]:
+        return hard_concrete(uniforms, logits), None
+
+    return _learned(batch, site, home, tolerance, steps, rate, seed, learn_baseline, draw, log_open)
+
+
+def reinforce(
+    batch: Batch,
+    site: int,
+    home: Moments,
+    tolerance: float = 0.1,
+    steps: int = 400,
+    rate: float = 0.2,
+    learn_baseline: bool = True,
+    seed: int = 0,
+) -> Found:
+    """P(z = 1) of Bernoulli gates that are learned for each text by REINFORCE; all else as `diffmask_per_example`."""
+
+    def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        opened = uniforms < logits.sigmoid()
+        return opened.to(logits.dtype), torch.where(opened, F.logsigmoid(logits), F.logsigmoid(-logits))
+
+    return _learned(batch, site, home, tolerance, steps, rate, seed, learn_baseline, draw, F.logsigmoid)
+
+
+@dataclass(eq=False)
+class Best:
+    """The best that was found so far for each of B texts."""
+
+    logits: Tensor
+    shift: Tensor
+    kept: Tensor  # (B,) tokens
+    since: Tensor  # (B,) looks without anything better
+    steps: Tensor  # (B,) taken
+
+
+def _learned(
+    batch: Batch,
+    site: int,
+    home: Moments,
+    tolerance: float,
+    steps: int,
+    rate: float,
+    seed: int,
+    learn_baseline: bool,
+    draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    log_kept: Callable[[Tensor], Tensor],
+) -> Found:
+    """`draw` (logits, uniforms) gives gates and, where these have no gradient, the log-probability of each; `log_kept`
+    is log P(z != 0)."""
+    check_above_zero("tolerance", tolerance)
+    check_above_zero("rate", rate)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; expected a whole number of at least 1")
+    state, real = batch.states[site], batch.real
+    lengths = real.sum(-1)
+    unit = home.std.to(state).clamp(min=torch.finfo(state.dtype).tiny)
+    noise = noise_of(batch, torch.empty(real.shape, device=state.device), seed)
+    logits = torch.full(real.shape, OPEN, device=state.device).requires_grad_()
+    shift = torch.zeros(len(batch), 1, state.shape[-1], device=state.device, requires_grad=learn_baseline)
+    groups: list[dict] = [{"params": [logits]}]
+    if learn_baseline:
+        groups.append({"params": [shift], "lr": BASELINE_RATE * rate})
+    optimizer = torch.optim.Adam(groups, lr=rate)
+    log_multiplier = torch.zeros(len(batch), device=state.device)
+    recent = torch.zeros(len(batch), device=state.device)  # of the KL
+    average = torch.zeros(len(batch), device=state.device)  # of the costs
+    best = Best(logits.detach().clone(), shift.detach().clone(), lengths.clone(), *(lengths * 0 for _ in range(2)))
+    rows = torch.arange(len(batch), device=state.device)
+
+    def masked(gates: Tensor, rows: Tensor) -> Prediction:
+        baseline = home.mean.to(state) + unit * shift[rows].to(state)
+        return batch.predict(site, batch.mixed(site, gates, baseline, rows), rows)
+
+    def loss(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(R,) losses, divergences, and the costs that scores are weighed with."""
+        own, mask = logits[rows], real[rows]
+        gates, log_drawn = draw(own, uniforms_of(noise()[rows]))
+        found = batch.divergence(masked(gates, rows), rows)
+        multiplier = log_multiplier[rows].exp()
+        cost = multiplier * (found / tolerance - 1)
+        total = (log_kept(own) * mask).sum(-1) / lengths[rows] + cost
+        if log_drawn is not None:
+            total = total + (cost - average[rows]).detach() * (log_drawn * mask).sum(-1)
+        return total / (1 + multiplier), found.detach(), cost.detach()
+
+    with torch.enable_grad():
+        for step in range(1, steps + 1):
+            optimizer.zero_grad()
+            losses, found, cost = loss(rows)
+            losses.sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                logits.clamp_(-CLAMP, CLAMP)
+                average[rows] += (1 - MEMORY) * (cost - average[rows])
+                recent[rows] += 0.1 * (found - recent[rows])
+                log_multiplier[rows] += MULTIPLIER_RATE * (found / tolerance - 1).clamp(-1, 1)
+                log_multiplier.clamp_(*map(math.log, MULTIPLIERS))
+                best.steps[rows] = step
+                if step % LOOK == 0 or step == steps:
+                    gates = (log_kept(logits[rows]).exp() > KEPT_ABOVE).float() * real[rows]
+                    _look(batch, best, rows, logits, shift, gates, masked(gates, rows), tolerance)
+                    rows = (best.since < PATIENCE).nonzero().squeeze(-1)
+                    if not len(rows):
+                        break
+        everyone = torch.arange(len(batch), device=state.device)
+        gradients = [torch.autograd.grad(loss(everyone)[0].sum(), logits)[0] * real for _ in range(DRAWS)]
+    keep = log_kept(best.logits).exp()
+    variance = torch.stack(gradients).var(0).sum(-1)
+    details = {
+        "steps": best.steps.float(),
+        "multiplier": log_multiplier.exp(),
+        "violated": (recent > tolerance).float(),
+        "variance": variance,
+    }
+    return Found(keep=keep, baseline=home.mean.to(state) + unit * best.shift.to(state), details=details)
+
+
+def uniforms_of(normal: Tensor) -> Tensor:
+    """Standard normal -> uniform numbers, open at both ends in float32."""
+    edge = 2.0**-24
+    return torch.special.ndtr(normal.double()).clamp(edge, 1 - edge).to(normal.dtype)
+
+
+def _look(
+    batch: Batch,
+    best: Best,
+    rows: Tensor,
+    logits: Tensor,
+    shift: Tensor,
+    gates: Tensor,
+    masked: Prediction,
+    tolerance: float,
+) -> None:
+    """Note the logits of those texts whose kept tokens are fewer than ever and hold the constraint."""
+    same = (batch.answers(masked, rows) == batch.answers(batch.original)[rows]).all(-1)
+    kept = gates.sum(-1).to(best.kept.dtype)
+    better = same & (batch.divergence(masked, rows) <= tolerance) & (kept < best.kept[rows])
+    chosen = rows[better]
+    best.logits[chosen], best.shift[chosen], best.kept[chosen] = logits[chosen], shift[chosen], kept[better]
+    best.since[rows] += 1
+    best.since[chosen] = 0
