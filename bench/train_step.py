@@ -1,6 +1,7 @@
 """Time a training step against the published recipe's: two full passes in float32 on texts padded to 384 tokens.
 
     python bench/train_step.py --folder MODEL --data SQUAD.json [--model own|bert-large] [--json FILE] [--rounds N]
+    python bench/train_step.py --overhead ...: what of a real training's step is neither backbone nor gates
 
 MODEL is a question-answering BERT; `--model bert-large` takes its tokenizer only, with random weights of BERT-large's
 geometry. All contenders take turns and have the published objective (one site a step, the same for all); each sees
@@ -18,6 +19,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import measure
+import overhead
 import published
 import torch
 from torch import Tensor
@@ -193,6 +195,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="SQuAD JSON")
     parser.add_argument("--model", choices=("own", "bert-large"), default="own")
     parser.add_argument("--masking", choices=("input", "hidden"), nargs="+", default=("input", "hidden"))
+    parser.add_argument("--overhead", action="store_true", help="of a real training of twice --rounds steps")
     options = measure.options(str(__doc__), parser)
     if options.device != "cpu":
         raise SystemExit("only the CPU is timed yet: leave --device out")
@@ -206,7 +209,11 @@ def main() -> None:
     examples = every.select(fitting)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for masking in options.masking:
+        for masking in options.masking if options.overhead else ():
+            for row in overhead.rows_of(model, examples, masking, options.model, options.rounds, folder):
+                rows.append(row | {"threads": options.threads})
+                print(*(f"{key} {value}" for key, value in row.items()), sep=", ", flush=True)
+        for masking in () if options.overhead else options.masking:
             for row in rows_of(model, examples, masking, options.model, options.rounds, folder):
                 rows.append(row | {"threads": options.threads})
                 print(

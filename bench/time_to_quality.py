@@ -1,0 +1,176 @@
+"""How long our recipe takes to be as good as the published one ever gets, and how long that one took for it.
+
+    python bench/time_to_quality.py --folder MODEL --data TRAIN.json --dev DEV.json [--masking input hidden]
+        [--seeds 0 1 2] [--epochs 8] [--ours-epochs 2] [--limit N] [--json FILE]
+
+The quality of a probe: the mean over sites of the share of tokens that it keeps on the questions of DEV, where a site
+whose divergence is over 1.1 times the tolerance counts as 1. Less is better. The published recipe's steps are run by
+our engine, which the tests hold to them, and priced at what a published step takes (two full passes in float32 on texts
+padded to 384 tokens), timed before and after. Our time is all of `train_probe`. Probes are measured after the training,
+in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import measure
+import overhead
+import torch
+import train_step
+from transformers import AutoTokenizer, TrainerCallback
+
+from diffmask_fast.attribution.explain import explain
+from diffmask_fast.data import Examples, encode
+from diffmask_fast.models import load_for
+from diffmask_fast.probes import Probe
+from diffmask_fast.tasks.squad import RECIPES, read_squad
+from diffmask_fast.training.evaluation import attribution_metrics
+from diffmask_fast.training.recipe import Recipe
+from diffmask_fast.training.trainer import fresh_probe, train_probe
+
+ALLOWED = 1.1  # times the tolerance
+PRICED = 5  # published steps timed before the trainings, and as many behind them
+LOOKS = 4  # in each epoch of ours
+
+
+class Look(NamedTuple):
+    step: int
+    seconds: float
+    probe: Probe
+
+
+class Looks(TrainerCallback):
+    """Copies of the probe in the course of its training."""
+
+    def __init__(self, an_epoch: int) -> None:
+        self.an_epoch = an_epoch
+        self.start, self.looked = time.perf_counter(), 0.0
+        self.taken: list[Look] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        every = max(1, round(state.max_steps / state.num_train_epochs / self.an_epoch))
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            now = time.perf_counter()
+            self.taken.append(Look(state.global_step, now - self.start - self.looked, copy.deepcopy(model.probe)))
+            self.looked += time.perf_counter() - now
+
+
+def quality(rows: list[dict[str, float]], tolerance: float) -> float:
+    """Of what `attribution_metrics` says about each site."""
+    return statistics.mean(row["open"] if row["kl"] <= ALLOWED * tolerance else 1.0 for row in rows)
+
+
+def trained(
+    model: Any, examples: Examples, recipe: Recipe, masking: str, mask_token: int | None, seed: int, an_epoch: int
+) -> list[Look]:
+    torch.manual_seed(seed)
+    probe = fresh_probe(model, examples, recipe, masking, mask_token=mask_token)
+    looks = Looks(an_epoch)
+    with tempfile.TemporaryDirectory() as folder, overhead.listening(looks):
+        train_probe(model, probe, examples, recipe, folder, seed=seed, bf16=True, quiet=True)
+    return looks.taken
+
+
+def seconds_of_published_steps(model: Any, examples: Examples, masking: str, seed: int) -> list[float]:
+    """As `train_step` times them: the first one warms up."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(examples), generator=generator).tolist()
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(PRICED + 1):
+            k = turn % max(1, len(examples) // train_step.BATCH)
+            site = int(torch.randint(len(train_step.patch(model).sites), (), generator=generator))
+            with ExitStack() as stack:
+                contender = train_step.Contender("published")
+                run = train_step.ready(contender, model, examples, masking, shuffled, shuffled, k, site, folder, stack)
+                start = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def row(
+    model: Any, examples: Examples, dev: Examples, masking: str, mask_token: int | None, seed: int,
+    recipes: dict[str, Recipe],
+) -> dict[str, Any]:  # fmt: skip
+    """The published recipe's best look, and our first one that is as good. Where none is, our seconds are those of all
+    of the training, and the speedup None."""
+    tolerance = recipes["steady"].tolerance
+    prices = seconds_of_published_steps(model, examples, masking, seed)
+    theirs = trained(model, examples, recipes["published"], masking, mask_token, seed, 1)
+    ours = trained(model, examples, recipes["steady"], masking, mask_token, seed, LOOKS)
+    prices += seconds_of_published_steps(model, examples, masking, seed)
+    best, aim, _ = min(measured(model, dev, theirs, tolerance), key=lambda found: found[1])
+    for look, found, divergence in measured(model, dev, ours, tolerance):  # noqa: B007
+        if found <= aim:
+            break
+    seconds_published = best.step * statistics.mean(prices)
+    return {
+        "masking": masking,
+        "seed": seed,
+        "seconds_published": round(seconds_published, 1),
+        "published_step": round(statistics.mean(prices), 3),
+        "published_steps": best.step,
+        "open_published": round(aim, 4),
+        "seconds": round(look.seconds, 1),
+        "kl": round(divergence, 4),
+        "open": round(found, 4),
+        "speedup": round(seconds_published / look.seconds, 2) if found <= aim else None,
+        "questions": [len(examples), len(dev)],
+    }
+
+
+def measured(model: Any, dev: Examples, looks: list[Look], tolerance: float) -> Iterator[tuple[Look, float, float]]:
+    """Of each look its quality, and the largest divergence of a site."""
+    for look in looks:
+        rows = attribution_metrics(explain(model, look.probe.eval(), dev))
+        yield look, quality(rows, tolerance), max(site["kl"] for site in rows)
+
+
+def fitting(examples: Examples) -> Examples:
+    """The published recipe drops what is longer."""
+    return examples.select([i for i, length in enumerate(examples.lengths) if length <= train_step.PADDED])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", required=True, help="a question-answering BERT")
+    parser.add_argument("--data", required=True, help="SQuAD JSON to train on")
+    parser.add_argument("--dev", required=True, help="SQuAD JSON to measure on")
+    parser.add_argument("--masking", choices=("input", "hidden"), nargs="+", default=("input", "hidden"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--epochs", type=float, default=8.0, help="of the published recipe")
+    parser.add_argument("--ours-epochs", type=float, default=RECIPES["steady"].epochs)
+    parser.add_argument("--limit", type=int, help="use only so many questions of each file")
+    options = measure.options(str(__doc__), parser)
+    if options.device != "cpu":
+        raise SystemExit("only the CPU is timed yet: leave --device out")
+    model: Any = load_for(options.folder, "QuestionAnswering")
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    train, dev = (
+        fitting(encode(tokenizer, read_squad(path)[: options.limit], model)) for path in (options.data, options.dev)
+    )
+    recipes = {
+        "published": replace(RECIPES["published"], epochs=options.epochs),
+        "steady": replace(RECIPES["steady"], epochs=options.ours_epochs),
+    }
+    rows = []
+    for masking in options.masking:
+        for seed in options.seeds:
+            found = row(model, train, dev, masking, tokenizer.mask_token_id, seed, recipes)
+            rows.append(found | {"threads": options.threads})
+            print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
+            measure.write_rows(rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What bench/time_to_quality.py calls quality and time, on a run small enough for a test."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import time_to_quality as bench
+import train_step
+from tiny_probe import a_probe
+
+from diffmask_fast.data import encode
+from diffmask_fast.tasks.squad import RECIPES
+from diffmask_fast.training.evaluation import attribution_metrics
+
+TEXTS = [
+    ("who was king ?", "the old king walked in münchen ."),
+    ("where is the film ?", "a dull film in paris , the city of year 1"),
+    ("what is red ?", "a red house , a blue bird"),
+] * 6
+
+
+def test_a_site_over_the_tolerance_counts_as_wholly_open() -> None:
+    rows = [{"kl": 0.2, "open": 0.5}, {"kl": 0.55, "open": 0.3}, {"kl": 0.56, "open": 0.1}]
+    assert bench.quality(rows, 0.5) == pytest.approx((0.5 + 0.3 + 1.0) / 3)
+
+
+def test_a_look_is_the_probe_as_it_was_then(tiny_bert: Any, tokenizer: Any) -> None:
+    model = tiny_bert("ForQuestionAnswering")
+    recipe = replace(RECIPES["steady"], epochs=2.0)
+    looks = bench.trained(model, encode(tokenizer, TEXTS, model), recipe, "input", None, 0, 3)
+    assert [look.step for look in looks] == [1, 2, 3, 4, 5, 6]  # 18 texts, 8 a step
+    assert all(one.seconds < other.seconds for one, other in pairwise(looks))
+    bounds = [look.probe.heads[0].bound for look in looks]
+    assert bounds == pytest.approx([3 + 7 * min(1.0, step / 6 / 0.7) for step in range(6)])  # as the recipe says
+    states = [torch.cat([p.flatten() for p in look.probe.parameters()]) for look in looks]
+    assert all(not torch.equal(one, other) for one, other in pairwise(states))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_small_run_gives_a_row_with_all_its_columns(
+    reached: bool, tiny_bert: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_step, "PADDED", 32)
+    monkeypatch.setattr(bench, "quality", lambda rows, tolerance: next(qualities))
+    # the published recipe's two looks, then ours until one is as good
+    qualities = iter([0.9, 0.8, 0.95, 0.8 if reached else 0.81, *[0.81] * 10])
+    model = tiny_bert("ForQuestionAnswering")
+    examples = encode(tokenizer, TEXTS, model)
+    recipes = {name: replace(recipe, epochs=2.0) for name, recipe in RECIPES.items()}
+    row = bench.row(model, examples, examples, "hidden", None, 0, recipes)
+    assert row["published_steps"] == 6 and row["open_published"] == 0.8
+    assert row["seconds_published"] == pytest.approx(6 * row["published_step"], abs=0.05 + 6 * 0.0005)
+    assert (row["open"], row["speedup"] is not None) == ((0.8, True) if reached else (0.81, False))
+    assert set(row) >= {"masking", "seed", "seconds_published", "seconds", "kl", "open", "speedup"}
+
+
+def test_the_divergence_of_a_look_is_the_largest_of_a_site(tiny_bert: Any, tokenizer: Any) -> None:
+    model = tiny_bert("ForQuestionAnswering")
+    examples = encode(tokenizer, TEXTS[:3], model)
+    ((_, found, divergence),) = bench.measured(model, examples, [bench.Look(1, 1.0, a_probe())], 1.0)
+    rows = attribution_metrics(bench.explain(model, a_probe().eval(), examples))
+    assert divergence == max(row["kl"] for row in rows) > 0 and found == bench.quality(rows, 1.0)
