@@ -14,6 +14,7 @@ from diffmask_fast.compat.gates import (
     PerSampleGate,
     PerSampleREINFORCEGate,
 )
+from diffmask_fast.compat.getters import bert_getter, bert_setter, gru_getter, gru_setter, toy_getter, toy_setter
 
 __all__ = [
     "BinaryConcrete",
@@ -26,4 +27,10 @@ __all__ = [
     "PerSampleREINFORCEGate",
     "RectifiedStreched",
     "Streched",
+    "bert_getter",
+    "bert_setter",
+    "gru_getter",
+    "gru_setter",
+    "toy_getter",
+    "toy_setter",
 ]
