@@ -1,4 +1,4 @@
-"""The command line: `diffmask-fast train | explain | show | analyse | doctor`."""
+"""The command line: `diffmask-fast train | reproduce | explain | show | analyse | convert | doctor`."""
 
 from __future__ import annotations
 
@@ -316,6 +316,21 @@ def analyse(
     for finding in found:
         terminal.table(finding.table.title, finding.table.columns, finding.table.rows)
     typer.echo(f"look at {out / 'tables'} and {out / 'figures'}")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of the published DiffMask code.")],
+    out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
+    max_activation: Annotated[
+        float | None, typer.Option(help="Of its gates, if not the 10 of the code or what the checkpoint says.")
+    ] = None,
+) -> None:
+    """Make a probe of a published checkpoint."""
+    from diffmask_fast.compat.checkpoints import convert as convert_checkpoint
+
+    probe = convert_checkpoint(checkpoint, out, max_activation)
+    typer.echo(f"saved {out}: {probe.masking} masking, {probe.num_sites} sites, states {probe.sizes[0]} wide")
 
 
 @app.command()

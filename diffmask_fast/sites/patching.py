@@ -30,12 +30,13 @@ class Run(NamedTuple):
     states: dict[int, Tensor]
 
 
-def patch(model: nn.Module) -> Patched:
+def patch(model: nn.Module, rows: Iterable[tuple] | None = None) -> Patched:
     """A handle by which the hidden states of `model` can be captured and replaced. Changes nothing by itself.
 
     Args:
         model: an eager module whose class has sites (see `register_sites`). Of a DDP or compiled wrapper,
             pass what is inside.
+        rows: sites for this handle alone, as `register_sites` takes them, whatever is known of the class.
 
     Returns:
         The handle, also a context manager that removes itself. Several handles of one model may exist.
@@ -48,14 +49,14 @@ def patch(model: nn.Module) -> Patched:
         ...     original, states = patched.run(inputs, capture=(0, 3))
         ...     masked, _ = patched.run(inputs, replace={0: z * states[0] + (1 - z) * baseline})
     """
-    return Patched(model)
+    return Patched(model, rows)
 
 
 class Patched:
     """The handle that `patch` returns. `sites` are the model's; a site's number is its place among them."""
 
-    def __init__(self, model: nn.Module) -> None:
-        expanded = expand(model)
+    def __init__(self, model: nn.Module, rows: Iterable[tuple] | None = None) -> None:
+        expanded = expand(model, rows)
         self.sites: tuple[Site, ...] = tuple(site for site, _ in expanded)
         self._chain = [k for k, (_, in_chain) in enumerate(expanded) if in_chain]
         self._model: nn.Module | None = model
@@ -99,6 +100,7 @@ class Patched:
         replace: Mapping[int, Replacement] | None = None,
         stop: int | None = None,
         resume: tuple[int, Tensor] | None = None,
+        call: Callable[..., Any] | None = None,
     ) -> Run:
         """Call `model(**inputs)`, reading and changing states on the way.
 
@@ -118,6 +120,7 @@ class Patched:
                 don't run; nor does the site's own module, once it has run under this handle and was seen to
                 return the state alone (of a layer of the chain, nothing but the state counts). The state must
                 be like the one entering the chain, if it is above that.
+            call: what to call with the inputs in place of the model: a function that calls the model once.
 
         Returns:
             `Run(output, states)`.
@@ -139,7 +142,7 @@ class Patched:
             for k in sorted(plan.visited):
                 undo.callback(self._hook(k, partial(plan.visit, k)).remove)
             try:
-                output = model(**inputs)
+                output = (call or model)(**inputs)
             except _Stop:
                 pass
         for k in sorted(plan.visited - plan.reached):

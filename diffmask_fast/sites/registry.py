@@ -71,13 +71,18 @@ def register_sites(model_class: type[nn.Module] | str, rows: Iterable[tuple]) ->
             f"register_sites: expected a model class or its name, got {type(model_class).__name__}: "
             "pass type(model), not the model"
         )
+    _ENTRIES[model_class] = _entry_from(rows)
+
+
+def _entry_from(rows: Iterable[tuple]) -> tuple[Site, ...]:
+    """The rows of one class, checked."""
     sites = tuple(_row(row) for row in rows)
     names = [site.name for site in sites]
     if not sites or len(set(names)) != len(names):
         raise ValueError(f"register_sites: expected at least one row, and every name once, got names {names}")
     if sum("*" in site.module for site in sites) > 1:
         raise ValueError("register_sites: at most one row may have a '*': the layers that resuming skips")
-    _ENTRIES[model_class] = sites
+    return sites
 
 
 def _row(row: tuple) -> Site:
@@ -108,11 +113,11 @@ def sites_of(model: nn.Module) -> tuple[Site, ...]:
     return tuple(site for site, _ in expand(model))
 
 
-def expand(model: nn.Module) -> tuple[tuple[Site, bool], ...]:
-    """Each site of a model, and whether it belongs to the chain. Raises as `sites_of`."""
+def expand(model: nn.Module, rows: Iterable[tuple] | None = None) -> tuple[tuple[Site, bool], ...]:
+    """Each site of a model, and whether it belongs to the chain. Raises as `sites_of`, or as `register_sites`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    entry = _entry(type(model))
+    entry = _entry(type(model)) if rows is None else _entry_from(rows)
     prefix, owner = "", model
     if entry is None:
         _refuse_wrapper(model)
