@@ -43,6 +43,20 @@ def gather(found: Mapping[int, Any]) -> dict[int, Any]:
     return {number: result for part in parts for number, result in part.items()}
 
 
+def all_agree(flag: bool) -> bool:
+    """Whether it is so on all processes. All must call this."""
+    if not several():
+        return flag
+    flags: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(flags, flag)
+    return all(flags)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether this process holds a part of the model's weights only, as FSDP leaves it."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
 def wait() -> None:
     """Until all processes are here."""
     if several():

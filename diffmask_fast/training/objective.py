@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffmask_fast import processes
 from diffmask_fast.ops import draw_seed, gate_mix
 from diffmask_fast.ops.reference import log_open
 from diffmask_fast.predictions import kl_divergence, log_probabilities, prediction_kind
@@ -36,6 +37,7 @@ class Objective(nn.Module):
         probe: the probe to train.
         recipe: how.
         remembered: the original predictions, by example; without it each step computes those that it needs.
+        together: the model's weights are shared out among the processes, so that all run the same layers in each step.
 
     Forward takes the model's inputs, `attention_mask` (B, T) among them, and, with `remembered`, `example` (B,), the
     examples' numbers. It returns `{"loss": scalar}`. Draws come from PyTorch's global generator, so that a trainer that
@@ -47,13 +49,19 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, patched: Patched, probe: Probe, recipe: Recipe, remembered: RememberedPredictions | None = None
+        self,
+        patched: Patched,
+        probe: Probe,
+        recipe: Recipe,
+        remembered: RememberedPredictions | None = None,
+        together: bool = False,
     ) -> None:
         super().__init__()
         self.patched = patched
         self.probe = probe
         self.recipe = recipe
         self.remembered = remembered
+        self.together = together
         self.multipliers = multipliers_for(recipe, probe.num_sites)
         self.statistics = Statistics(probe.num_sites)
         self.pull = recipe.pull
@@ -64,6 +72,8 @@ class Objective(nn.Module):
         sites = self.draw_sites(len(real)).to(real.device)
         remembered = self.remembered if examples is not None else None
         original = None if remembered is None else remembered.get(examples.tolist())
+        if self.together and not processes.all_agree(original is not None):
+            original = None
         output, states = self.clean_pass(inputs, sites, original is None)
         if original is None:
             original = log_probabilities(output, prediction_kind(output), real)

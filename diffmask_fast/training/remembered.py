@@ -131,6 +131,8 @@ def fingerprint(model: nn.Module, examples: Examples) -> str:
     }
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
+        if hasattr(value, "full_tensor"):  # of which this process has a part, see docs/sharded.md
+            value = value.full_tensor()
         plain = value.detach().cpu().contiguous()
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)

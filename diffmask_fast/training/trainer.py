@@ -225,10 +225,14 @@ def train_probe(
         The objective, with the trained probe and the multipliers.
 
     Raises:
-        ValueError: `tokens_per_batch` below 1; `checkpoint_layers` where a site stands within a layer.
+        ValueError: `tokens_per_batch` below 1; `bf16` for a model that is sharded (FSDP); `checkpoint_layers` where a
+            site stands within a layer.
     """
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch is {tokens_per_batch}; expected 1 or more, or None")
+    sharded = processes.is_sharded(model)
+    if sharded and bf16:
+        raise ValueError("bf16: the model's weights are shared out among processes: load it in bfloat16 before that")
     args = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=recipe.batch_size,
@@ -268,7 +272,8 @@ def train_probe(
         if checkpoint_layers:
             refuse_inner_sites(model, patched)
             stack.enter_context(checkpointed(patched.layers))
-        trainer = ProbeTrainer(Objective(patched, probe, recipe, remembered), examples, args, tokens_per_batch)
+        objective = Objective(patched, probe, recipe, remembered, together=sharded)
+        trainer = ProbeTrainer(objective, examples, args, tokens_per_batch)
         if quiet:
             from transformers import PrinterCallback
 
