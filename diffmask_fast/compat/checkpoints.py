@@ -160,7 +160,7 @@ def _placeholders(gate: Mapping[str, Tensor], layers: int) -> list[Tensor]:
 def _one_vector(placeholder: Tensor) -> Tensor:
     if not torch.equal(placeholder, placeholder[:1].expand_as(placeholder)):
         raise ValueError(
-            f"the placeholder has {len(placeholder)} vectors that differ, one for each position; a probe has one"
+            f"the placeholder has {len(placeholder)} vectors that differ, one for each position, and a probe has one"
         )
     return placeholder[0]
 

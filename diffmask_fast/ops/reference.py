@@ -33,7 +33,14 @@ def hard_concrete(
 
     All arguments broadcast; the result has their promoted dtype. ``uniforms`` lie strictly between 0 and 1.
     """
-    return _stretch(_concrete_logit(uniforms, logits, temperature).sigmoid(), left, right).clamp(0, 1)
+    return stretched_concrete(uniforms, logits, temperature, left, right).clamp(0, 1)
+
+
+def stretched_concrete(
+    uniforms: Tensor, logits: Tensor, temperature: float | Tensor, left: float | Tensor, right: float | Tensor
+) -> Tensor:
+    """What `hard_concrete` clamps: the binary concrete variable of a uniform, stretched to (left, right)."""
+    return _stretch(_concrete_logit(uniforms, logits, temperature).sigmoid(), left, right)
 
 
 def log_open(
