@@ -12,7 +12,7 @@ from diffmask_fast.analysis.groups import Group, Share, largest_first
 from diffmask_fast.analysis.squad_scores import Scores
 from diffmask_fast.attribution import Attributions
 from diffmask_fast.report import charts
-from diffmask_fast.report.tables import Table, save_table
+from diffmask_fast.report.tables import Cell, Table, save_table
 
 
 class Finding(NamedTuple):
@@ -24,20 +24,11 @@ class Finding(NamedTuple):
 
 def group_finding(attributions: Attributions, groups: Sequence[Group], name: str, what: str) -> Finding:
     """Groups of tokens, see `kept_sites`; `what` they are grouped by, in words."""
-    title = (
-        f"Number of sites of {len(attributions.site_names)} at which a token is kept, by {what} ({about(attributions)})"
-    )
-    columns = (
-        "group",
-        "tokens",
-        "texts",
-        "sum of P(keep)",
-        "standard error",
-        "sites with P(keep) > 0.5",
-        "standard error",
-    )
+    sites = len(attributions.site_names)
+    title = f"At how many of {sites} sites a token is kept, by {what} ({about(attributions)})"
+    columns = ("group", "tokens", "texts", "sum of P(keep)", "its standard error", "sites kept", "error of that")
     data = [charts.Bar(f"{group.name} ({group.tokens:,})", group.expected, group.expected_error) for group in groups]
-    label = f"sites that keep a token, of {len(attributions.site_names)}"
+    label = f"expected number of sites that keep a token, of {sites}"
     return Finding(
         Table(name, title, columns, [tuple(group) for group in groups]),
         {name: lambda path: charts.bars(data, path, title=f"by {what}, {about(attributions)}", label=label)},
@@ -47,7 +38,7 @@ def group_finding(attributions: Attributions, groups: Sequence[Group], name: str
 def share_finding(attributions: Attributions, shares: Sequence[Share], name: str) -> Finding:
     """Regions of the texts by site, see `shares`."""
     sites = attributions.site_names
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (site, *(float(values[at]) for share in shares for values in (share.expected, share.kept)))
         for at, site in enumerate(sites)
     ]
@@ -94,7 +85,7 @@ def agreement_finding(runs: Sequence[Attributions], found: Agreement, name: str)
 
 def score_finding(attributions: Attributions, scores: Scores, name: str) -> Finding:
     """Exact match and F1 of the original answers and of each site's masked ones, see `squad_scores`."""
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (site, *(100 * values[:, at].double().mean().item() for values in scores))
         for at, site in enumerate(("(whole text)", *attributions.site_names))
     ]
@@ -106,17 +97,15 @@ def faithfulness_findings(found: Faithfulness, name: str) -> list[Finding]:
     """The curves, and comprehensiveness and sufficiency, see `faithfulness`."""
     where = f"states at {found.site} replaced by their mean, {found.examples:,} examples"
     rows = [
-        (line.name, share, kept, divergence)
+        (line.name, share, stays, nats)
         for line in found.lines
-        for share, kept, divergence in zip(found.shares, line.kept_prediction, line.divergence, strict=True)
+        for share, stays, nats in zip(found.shares, line.kept_prediction, line.divergence, strict=True)
     ]
-    drawn = {
-        f"{name}-kept": (
-            [charts.Line(line.name, line.kept_prediction) for line in found.lines],
-            "prediction kept",
-            (0, 1),
-        ),
-        f"{name}-kl": ([charts.Line(line.name, line.divergence) for line in found.lines], "KL (nats)", None),
+    kept = [charts.Line(line.name, line.kept_prediction) for line in found.lines]
+    divergence = [charts.Line(line.name, line.divergence) for line in found.lines]
+    drawn: dict[str, tuple[list[charts.Line], str, tuple[float, float] | None]] = {
+        f"{name}-kept": (kept, "prediction kept", (0.0, 1.0)),
+        f"{name}-kl": (divergence, "KL (nats)", None),
     }
 
     def draw(lines: list[charts.Line], label: str, limits: tuple[float, float] | None) -> Callable[[Path], Any]:
