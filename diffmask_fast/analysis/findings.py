@@ -120,14 +120,14 @@ def faithfulness_findings(found: Faithfulness, name: str) -> list[Finding]:
     columns = ("method", "share masked", "prediction kept", "KL (nats)")
     curves = Table(name, f"Faithfulness: {where}, the least important tokens first", columns, rows)
     parts = [f"{what} {share:g}" for what in ("comprehensiveness", "sufficiency") for share in found.rationales]
-    scores = [
+    scores: list[tuple[Cell, ...]] = [
         (line.name, line.mean_comprehensiveness, line.mean_sufficiency, *line.comprehensiveness, *line.sufficiency)
         for line in found.lines
     ]
     title = f"Comprehensiveness (high is good) and sufficiency (low is good): {where}"
     names = ("method", "comprehensiveness", "sufficiency", *parts)
     return [
-        Finding(curves, {key: draw(*parts) for key, parts in drawn.items()}),
+        Finding(curves, {key: draw(*what) for key, what in drawn.items()}),
         Finding(Table(f"{name}-aopc", title, names, scores), {}),
     ]
 
