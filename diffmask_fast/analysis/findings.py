@@ -36,11 +36,14 @@ def group_finding(attributions: Attributions, groups: Sequence[Group], name: str
     )
 
 
-def share_findings(attributions: Attributions, shares: Sequence[Share], name: str) -> list[Finding]:
-    """Regions of the texts by site, see `shares`: which share of their tokens is kept, and their mean P(keep)."""
+def share_findings(attributions: Attributions, shares: Sequence[Share], end: str = "") -> list[Finding]:
+    """Regions of the texts by site, see `shares`: which share of their tokens is kept, and their mean P(keep).
+
+    `end` is that of the names of both tables.
+    """
     found = []
-    for end, what in (("", "share of tokens kept"), ("-expected", "mean P(keep)")):
-        values = [(share.name, (share.expected if end else share.kept).tolist()) for share in shares]
+    for name, what in (("segments", "share of tokens kept"), ("segments-expected", "mean P(keep)")):
+        values = [(share.name, (share.kept if name == "segments" else share.expected).tolist()) for share in shares]
         rows: list[tuple[Cell, ...]] = list(zip(attributions.site_names, *(row for _, row in values), strict=True))
         columns = ("site", *(f"{share.name} ({share.texts:,})" for share in shares))
         title = f"{what.capitalize()} by region (of so many texts) and site ({about(attributions)})"
