@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -128,7 +128,9 @@ def curves(
     axes.grid(axis="y", color="#dddddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
-        for text in axes.legend(fontsize=7, frameon=False, handlelength=3.4).get_texts():
+        # a few find room between the curves, more stand beside them
+        beside: dict[str, Any] = {} if len(lines) < 5 else {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02)}
+        for text in axes.legend(fontsize=7, frameon=False, handlelength=3.4, **beside).get_texts():
             text.set_parse_math(False)
     axes.set_title(title, fontsize=8, loc="left", parse_math=False)
     return saved(fitted(figure, axes), path)
