@@ -286,6 +286,7 @@ def analyse(
     from diffmask_fast.analysis.analyse import read_runs
     from diffmask_fast.analysis.findings import faithfulness_findings, write
     from diffmask_fast.report import terminal
+    from diffmask_fast.report.tables import written
 
     if (squad is None) != (model is None) or (faithful is not None and model is None):
         raise ValueError("--squad and --model belong together, and --faithful needs both")
@@ -299,7 +300,7 @@ def analyse(
 
         # a run may have been limited to the first questions
         pairs = read_squad(squad, "validation")[: len(runs[0])]
-        answers = squad_answers(squad, "validation")[: len(runs[0])]
+        answers = squad_answers(squad)[: len(runs[0])]
         tokenizer = AutoTokenizer.from_pretrained(model)
         found = analysed(runs, pairs, tokenizer, answers)
         if faithful is not None:
@@ -314,7 +315,8 @@ def analyse(
             curves.save(out / "faithfulness.json")
     write(found, out)
     for finding in found:
-        terminal.table(finding.table.title, finding.table.columns, finding.table.rows)
+        rows = [[written(cell) for cell in row] for row in finding.table.rows]
+        terminal.table(finding.table.title, finding.table.columns, rows)
     typer.echo(f"look at {out / 'tables'} and {out / 'figures'}")
 
 

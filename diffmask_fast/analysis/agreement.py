@@ -59,7 +59,7 @@ def agreement(runs: Sequence[Attributions]) -> Agreement:
             correlation = (ranks[one] * ranks[other]).sum(0) / lengths.where(defined, 1)
             a, b = keeps[one] > KEPT_ABOVE, keeps[other] > KEPT_ABOVE
             either = (a | b).sum(0)
-            jaccard = ((a & b).sum(0) / either.clamp(min=1)).where(either > 0, 1)
+            jaccard = ((a & b).sum(0).double() / either.clamp(min=1)).where(either > 0, 1)
             sums += torch.stack([correlation.where(defined, 0), defined, jaccard, (a == b).double().mean(0)])
     total = len(pairs) * len(runs[0])
     spearman, defined, jaccard, same = sums

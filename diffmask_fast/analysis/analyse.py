@@ -64,7 +64,7 @@ def analyse(
                 name, what = f"part-of-speech-{where}{end}", f"part of speech in the {where}"
                 found.append(tables.group_finding(one, groups, name, what))
         regions = shares(one, segment_regions(one, answer, right))
-        found.append(tables.share_finding(one, regions, f"segments{end}"))
+        found += tables.share_findings(one, regions, end)
         found.append(tables.first_finding(one, f"first-token{end}"))
     for alike in comparable(runs):
         one = alike[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,53 +17,48 @@ from diffmask_fast.report.tables import Cell, Table, save_table
 
 
 class Finding(NamedTuple):
-    """A table, and figures of what stands in it: by name, what draws each into the file that it is given."""
+    """A table, and figures of what stands in it: by name, what draws each into the file given as `path`."""
 
     table: Table
-    figures: dict[str, Callable[[Path], Any]]
+    figures: Mapping[str, Callable[..., Any]]
 
 
 def group_finding(attributions: Attributions, groups: Sequence[Group], name: str, what: str) -> Finding:
     """Groups of tokens, see `kept_sites`; `what` they are grouped by, in words."""
-    title = (
-        f"Number of sites of {len(attributions.site_names)} at which a token is kept, by {what} ({about(attributions)})"
-    )
-    columns = (
-        "group",
-        "tokens",
-        "texts",
-        "sum of P(keep)",
-        "standard error",
-        "sites with P(keep) > 0.5",
-        "standard error",
-    )
+    sites = len(attributions.site_names)
+    title = f"At how many of {sites} sites a token is kept, by {what} ({about(attributions)})"
+    columns = ("group", "tokens", "texts", "sum of P(keep)", "its standard error", "sites kept", "error of that")
     data = [charts.Bar(f"{group.name} ({group.tokens:,})", group.expected, group.expected_error) for group in groups]
-    label = f"sites that keep a token, of {len(attributions.site_names)}"
+    label = f"expected number of sites that keep a token, of {sites}"
     return Finding(
         Table(name, title, columns, [tuple(group) for group in groups]),
-        {name: lambda path: charts.bars(data, path, title=f"by {what}, {about(attributions)}", label=label)},
+        {name: partial(charts.bars, data, title=f"by {what}, {about(attributions)}", label=label)},
     )
 
 
-def share_finding(attributions: Attributions, shares: Sequence[Share], name: str) -> Finding:
-    """Regions of the texts by site, see `shares`."""
-    sites = attributions.site_names
-    rows: list[tuple[Cell, ...]] = [
-        (site, *(float(values[at]) for share in shares for values in (share.expected, share.kept)))
-        for at, site in enumerate(sites)
-    ]
-    columns = [f"{share.name}: {what}" for share in shares for what in ("P(keep)", "share kept")]
-    lines = [charts.Line(share.name, share.kept.tolist()) for share in shares]
-    # the answer where the model is right is nearly all of it, and would hide that curve
-    lines = [line for line in lines if line.name != "answer, model right"]
-    return Finding(
-        Table(name, f"Share of the tokens that each site keeps ({about(attributions)})", ("site", *columns), rows),
-        {
-            name: lambda path: charts.curves(
-                sites, lines, path, title=about(attributions), y_label="share of tokens kept", y_limits=(0, 1)
-            )
-        },
-    )
+def share_findings(attributions: Attributions, shares: Sequence[Share], end: str = "") -> list[Finding]:
+    """Regions of the texts by site, see `shares`: which share of their tokens is kept, and their mean P(keep).
+
+    `end` is that of the names of both tables.
+    """
+    found = []
+    for name, what in (("segments", "share of tokens kept"), ("segments-expected", "mean P(keep)")):
+        values = [(share.name, (share.kept if name == "segments" else share.expected).tolist()) for share in shares]
+        rows: list[tuple[Cell, ...]] = list(zip(attributions.site_names, *(row for _, row in values), strict=True))
+        columns = ("site", *(f"{share.name} ({share.texts:,})" for share in shares))
+        title = f"{what.capitalize()} by region (of so many texts) and site ({about(attributions)})"
+        # the answer where the model is right is nearly all of it, and would hide that curve
+        lines = [charts.Line(region, row) for region, row in values if region != "answer, model right"]
+        draw = partial(
+            charts.curves,
+            attributions.site_names,
+            lines,
+            title=about(attributions),
+            y_label=what,
+            y_limits=(0.0, 1.0),
+        )
+        found.append(Finding(Table(f"{name}{end}", title, columns, rows), {f"{name}{end}": draw}))
+    return found
 
 
 def first_finding(attributions: Attributions, name: str) -> Finding:
@@ -85,16 +81,16 @@ def agreement_finding(runs: Sequence[Attributions], found: Agreement, name: str)
         charts.Line("tokens decided alike", columns[3].tolist()),
     ]
     title = f"Agreement of {len(runs)} runs, {about(runs[0])}"
-    lowest = min(0.0, *(value for value in lines[0].values if value == value), 0.0)
+    lowest = min([0.0, *(value for value in lines[0].values if value == value)])
     return Finding(
         Table(name, title, names, [tuple(None if cell != cell else cell for cell in row) for row in rows]),
-        {name: lambda path: charts.curves(found.site_names, lines, path, title=title, y_limits=(lowest, 1))},
+        {name: partial(charts.curves, found.site_names, lines, title=title, y_limits=(lowest, 1.0))},
     )
 
 
 def score_finding(attributions: Attributions, scores: Scores, name: str) -> Finding:
     """Exact match and F1 of the original answers and of each site's masked ones, see `squad_scores`."""
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (site, *(100 * values[:, at].double().mean().item() for values in scores))
         for at, site in enumerate(("(whole text)", *attributions.site_names))
     ]
@@ -105,41 +101,31 @@ def score_finding(attributions: Attributions, scores: Scores, name: str) -> Find
 def faithfulness_findings(found: Faithfulness, name: str) -> list[Finding]:
     """The curves, and comprehensiveness and sufficiency, see `faithfulness`."""
     where = f"states at {found.site} replaced by their mean, {found.examples:,} examples"
-    rows = [
-        (line.name, share, kept, divergence)
+    curves: list[tuple[Cell, ...]] = [
+        (line.name, *values)
         for line in found.lines
-        for share, kept, divergence in zip(found.shares, line.kept_prediction, line.divergence, strict=True)
+        for values in zip(found.shares, line.kept_prediction, line.divergence, strict=True)
     ]
-    drawn = {
-        f"{name}-kept": (
-            [charts.Line(line.name, line.kept_prediction) for line in found.lines],
-            "prediction kept",
-            (0, 1),
-        ),
-        f"{name}-kl": ([charts.Line(line.name, line.divergence) for line in found.lines], "KL (nats)", None),
+    rationales: list[tuple[Cell, ...]] = [
+        (line.name, *values)
+        for line in found.lines
+        for values in zip(found.rationales, line.comprehensiveness, line.sufficiency, strict=True)
+    ]
+    means = [(line.name, line.mean_comprehensiveness, line.mean_sufficiency) for line in found.lines]
+    measures = ("comprehensiveness", "sufficiency")
+    what = f"comprehensiveness (high is good) and sufficiency (low is good): {where}"
+    draw = partial(charts.curves, found.shares, title=where, x_label="share of tokens masked, least important first")
+    kept = [charts.Line(line.name, line.kept_prediction) for line in found.lines]
+    divergence = [charts.Line(line.name, line.divergence) for line in found.lines]
+    figures: dict[str, Callable[..., Any]] = {
+        f"{name}-kept": partial(draw, kept, y_label="prediction kept", y_limits=(0.0, 1.0)),
+        f"{name}-kl": partial(draw, divergence, y_label="KL (nats)"),
     }
-
-    def draw(lines: list[charts.Line], label: str, limits: tuple[float, float] | None) -> Callable[[Path], Any]:
-        def to(path: Path) -> Any:
-            x_label = "share of tokens masked, least important first"
-            return charts.curves(
-                found.shares, lines, path, title=where, x_label=x_label, y_label=label, y_limits=limits
-            )
-
-        return to
-
-    columns = ("method", "share masked", "prediction kept", "KL (nats)")
-    curves = Table(name, f"Faithfulness: {where}, the least important tokens first", columns, rows)
-    parts = [f"{what} {share:g}" for what in ("comprehensiveness", "sufficiency") for share in found.rationales]
-    scores: list[tuple[Cell, ...]] = [
-        (line.name, line.mean_comprehensiveness, line.mean_sufficiency, *line.comprehensiveness, *line.sufficiency)
-        for line in found.lines
-    ]
-    title = f"Comprehensiveness (high is good) and sufficiency (low is good): {where}"
-    names = ("method", "comprehensiveness", "sufficiency", *parts)
+    title = f"Least important tokens masked first: {where}"
     return [
-        Finding(curves, {key: draw(*parts) for key, parts in drawn.items()}),
-        Finding(Table(f"{name}-aopc", title, names, scores), {}),
+        Finding(Table(f"{name}-aopc", f"Mean {what}", ("method", *measures), means), {}),
+        Finding(Table(f"{name}-rationales", what.capitalize(), ("method", "share", *measures), rationales), {}),
+        Finding(Table(name, title, ("method", "share masked", "prediction kept", "KL (nats)"), curves), figures),
     ]
 
 
@@ -152,7 +138,7 @@ def write(findings: Iterable[Finding], folder: Path) -> None:
             save_table(finding.table, folder / "tables" / f"{finding.table.name}.{ending}")
         for name, draw in finding.figures.items():
             for ending in ("png", "pdf"):
-                draw(folder / "figures" / f"{name}.{ending}")
+                draw(path=folder / "figures" / f"{name}.{ending}")
 
 
 def about(attributions: Attributions) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from diffmask_fast.report import printable
-from diffmask_fast.report.canvas import blank, saved
+from diffmask_fast.report.canvas import fitted, panel, saved
 
 # Colour, dash and marker all differ (Okabe and Ito's palette): any one of them is enough.
 STYLES = (
@@ -23,8 +23,6 @@ STYLES = (
     ("#e69f00", (0, (1, 1)), "X"),
     ("#666666", (0, (6, 2, 2, 2)), "*"),
 )
-_LETTER = 0.062  # inches, more than the mean letter takes at 7 points
-_TICKS = 0.17  # inches below the axes: the height of ticks that are not turned
 
 
 class Bar(NamedTuple):
@@ -58,10 +56,7 @@ def bars(
     """
     if not data or not all(math.isfinite(bar.value) for bar in data):
         raise ValueError(f"expected bars of finite length, at least one, got {list(data)}")
-    left = _LETTER * max(len(printable(bar.name)) for bar in data) + 0.25
-    height, width = 0.17 * len(data), left + 3.2
-    figure = blank((width, height + 0.85))
-    axes = figure.add_axes((left / width, 0.5 / (height + 0.85), 3.0 / width, height / (height + 0.85)))
+    figure, axes = panel((3.0, 0.17 * len(data)))
     places = range(len(data))
     errors = [bar.error if bar.error is not None and math.isfinite(bar.error) else 0.0 for bar in data]
     axes.barh(
@@ -82,8 +77,8 @@ def bars(
     axes.set_axisbelow(True)
     axes.grid(axis="x", color="#dddddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.text(0.1 / width, 1 - 0.18 / (height + 0.85), title, fontsize=8, va="center", parse_math=False)
-    return saved(figure, path)
+    axes.set_title(title, fontsize=8, loc="left", parse_math=False)
+    return saved(fitted(figure, axes), path)
 
 
 def curves(
@@ -115,12 +110,7 @@ def curves(
         if len(line.values) != len(places):
             raise ValueError(f"the line {line.name} has {len(line.values)} values for {len(places)} places")
     names = [printable(place) for place in places if isinstance(place, str)]
-    longest = max(map(len, names), default=0)
-    # in inches: the room below the axes follows the longest name, which is turned
-    below = (_LETTER * longest if names else _TICKS) + (0.35 if x_label else 0.15)
-    width, height = max(4.2, 0.24 * len(names) + 1.4), 2.2 + below
-    figure = blank((width, height))
-    axes = figure.add_axes((0.55 / width, below / height, (width - 0.68) / width, 1.9 / height))
+    figure, axes = panel((max(3.5, 0.24 * len(names) + 0.7), 1.9))
     numbers = range(len(places)) if names else [float(place) for place in places]
     for line, (colour, dash, marker) in zip(lines, STYLES, strict=False):
         axes.plot(
@@ -138,10 +128,12 @@ def curves(
     axes.grid(axis="y", color="#dddddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
-        for text in axes.legend(fontsize=7, frameon=False, handlelength=3.4).get_texts():
+        # a few find room between the curves, more stand beside them
+        beside: dict[str, Any] = {} if len(lines) < 5 else {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02)}
+        for text in axes.legend(fontsize=7, frameon=False, handlelength=3.4, **beside).get_texts():
             text.set_parse_math(False)
     axes.set_title(title, fontsize=8, loc="left", parse_math=False)
-    return saved(figure, path)
+    return saved(fitted(figure, axes), path)
 
 
 def scatter(
