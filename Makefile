@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 OLD_TRANSFORMERS := $(VENV)/transformers-4.57
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test squad needs-squad bench faults clean
+.PHONY: help setup demo test squad needs-squad sst needs-sst bench faults clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -59,6 +59,14 @@ squad: $(if $(and $(MODEL),$(TRAIN),$(EVAL)),,needs-squad) $(VENV)/.package ## M
 
 needs-squad:
 	$(error make squad needs MODEL=folder TRAIN=file EVAL=file: a question-answering model and two SQuAD files)
+
+# MODEL is an encoder, TRAIN and EVAL are files of sentiment trees.
+sst: $(if $(and $(MODEL),$(TRAIN),$(EVAL)),,needs-sst) $(VENV)/.package ## MODEL= TRAIN= EVAL= [SEED=0]: a sentiment classifier and probes of its inputs and hidden states
+	$(BIN)/diffmask-fast train sst --model $(MODEL) --train $(TRAIN) --eval $(EVAL) --seed $(or $(SEED),0) \
+		--out runs/sst-$(or $(SEED),0) --resume
+
+needs-sst:
+	$(error make sst needs MODEL=folder TRAIN=file EVAL=file: an encoder and two files of sentiment trees)
 
 bench: $(VENV)/.dev ## time gate_mix and probe_logits against what else there is
 	$(BIN)/python bench/ops.py

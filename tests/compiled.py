@@ -159,7 +159,6 @@ PROBE_LOGITS = (
 def probe_logits(probe: Probe, architecture: int, dtype: str) -> Kernel:
     """The Triton kernel as it is for heads 256 wide inside, a first state, a bound, and all that is aligned."""
     import triton.language as tl
-
     from diffmask_fast.kernels import probe_logits as kernels
 
     kernel = getattr(kernels, probe.name)

@@ -64,13 +64,17 @@ def probe_file(tmp_path: Path) -> Path:
     ("arguments", "named"),
     [
         ([], ["train", "explain", "show", "doctor"]),
-        (["train"], ["toy", "squad"]),
+        (["train"], ["toy", "squad", "sst"]),
         (["train", "toy"], ["--out", "--seed", "--recipe", "steady", "published", "--resume"]),
         (
             ["train", "squad"],
             ["--model", "--train", "--eval", "--out", "--bf16", "--limit", "--epochs", "--resume"],
         ),
         (["train", "squad"], ["--compile", "--checkpoint-layers", "--tokens-per-batch"]),
+        (
+            ["train", "sst"],
+            ["--model", "--train", "--eval", "--architecture", "--classes", "--masking", "--fine-tune-epochs"],
+        ),
         (["explain"], ["--model", "--probe", "--out", "--text", "--passage"]),
         (["show"], ["--index", "--site", "--figure", "--html"]),
     ],
@@ -130,6 +134,16 @@ def test_a_run_that_resumes_with_another_seed_is_refused(
     (tmp_path / "run" / "config.json").write_text(json.dumps({"run": config}))
     error = failed_in_one_line(capsys, monkeypatch, "train", "toy", "--out", tmp_path / "run", "--resume", "--seed", 1)
     assert "another configuration: {'seed': 0}, now {'seed': 1}" in error
+
+
+def test_a_file_that_is_not_trees_is_refused_and_leaves_no_folder(
+    qa_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trees.txt").write_text("(4 (2 a) (4 film))\n(4 film\n")
+    files = ["--train", tmp_path / "trees.txt", "--eval", tmp_path / "trees.txt"]
+    options = ["--model", qa_folder, *files, "--out", tmp_path / "run"]
+    error = failed_in_one_line(capsys, monkeypatch, "train", "sst", *options)
+    assert "trees.txt, line 2: it ends with 1 open bracket" in error and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("content", "said"), [("[1]", "is JSON but not SQuAD: at data"), ("who?", "is not JSON")])

@@ -157,8 +157,7 @@ def scatter(
     """
     if not 1 <= len(groups) <= len(STYLES):
         raise ValueError(f"got {len(groups)} groups; expected 1 to {len(STYLES)}: more can't be told apart")
-    figure = blank((4.2, 3.4))
-    axes = figure.add_axes((0.13, 0.13, 0.84, 0.78))
+    figure, axes = panel((3.5, 2.8))
     for (name, points), (colour, _, marker) in zip(groups.items(), STYLES, strict=False):
         x, y = zip(*points, strict=True) if points else ((), ())
         axes.scatter(x, y, s=7, marker=marker, color=colour, alpha=0.5, linewidths=0, label=name)
@@ -169,4 +168,4 @@ def scatter(
     for text in axes.legend(fontsize=7, frameon=False).get_texts():
         text.set_parse_math(False)
     axes.set_title(title, fontsize=8, loc="left", parse_math=False)
-    return saved(figure, path)
+    return saved(fitted(figure, axes), path)

@@ -33,7 +33,7 @@ from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
 ARCHITECTURES = {"encoder": "ForSequenceClassification", "gru": "GRUClassifier"}  # and what names such a class
 
 RECIPES = {
-    "steady": Recipe(tolerance=0.1, epochs=6, batch_size=32),
+    "steady": Recipe(tolerance=0.1, epochs=2, batch_size=32),
     "published": replace(PUBLISHED, tolerance=0.1, warmup_steps=1200, epochs=300, batch_size=64),
 }
 

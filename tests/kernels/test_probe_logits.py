@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from diffmask_fast.kernels import probe_logits as kernels
+
 from diffmask_fast.ops import probe_reference, probe_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
