@@ -23,6 +23,7 @@ from diffmask_fast.tasks import toy
 
 SEEDS, QUICK_SEEDS = 5, 1
 METHODS_HERE = [name for name, method in METHODS.items() if not method.layers_only]
+OPTIONS = {name: {"tolerance": toy.RECIPES["steady"].tolerance} for name in ("diffmask-per-example", "reinforce")}
 PROBE = "diffmask"
 
 
@@ -59,7 +60,7 @@ def explain(folder: Path, seed: int, _: Results) -> dict[str, Any]:
     """Distances of all methods and of the probe; their attributions are kept in the seed's folder."""
     home = folder / "runs" / f"seed-{seed}"
     training, validation = toy.split(toy.toy_examples(toy.EXAMPLES, seed))
-    said = toy.explained(toy.load_model(home), training, validation, METHODS_HERE)
+    said = toy.explained(toy.load_model(home), training, validation, METHODS_HERE, OPTIONS)
     for name, found in said.items():
         found.save(home / f"{name}.safetensors")
     said[PROBE] = Attributions.load(home / "attributions.safetensors")
