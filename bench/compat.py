@@ -64,6 +64,13 @@ def step(gate: nn.Module, call: Callable[[], tuple[Tensor, ...]], grad: Tensor) 
     return run
 
 
+def in_float64(gate: Any, states: list[Tensor], theirs: Callable, u: Tensor, grad: Tensor) -> list[Tensor]:
+    """The oracle: in float32 the published way takes a logit of 12 through a probability that is 1 but for a hundred
+    roundings, and back."""
+    gate, states = copy.deepcopy(gate).double(), [state.double() for state in states]
+    return step(gate, lambda: theirs(gate, states, u.double()), grad.double())()
+
+
 def row(shape: tuple[int, ...], name: str, gate: Any, states: list[Tensor], theirs: Callable, rounds: int) -> dict:
     *leading, _, count = shape
     grad = torch.randn_like(states[0])
@@ -74,11 +81,7 @@ def row(shape: tuple[int, ...], name: str, gate: Any, states: list[Tensor], thei
 
     torch.manual_seed(SEED)
     u = uniforms(draw_seed(), count * grad[..., 0].numel()).view(*leading, count)
-    # The oracle is in float64: in float32 the published way takes a logit of 12 through a probability that is 1 but for
-    # a hundred roundings, and back.
-    wide, wide_states = copy.deepcopy(gate).double(), [state.double() for state in states]
-    oracle = step(wide, lambda: theirs(wide, wide_states, u.double()), grad.double())()
-    del wide, wide_states
+    oracle = in_float64(gate, states, theirs, u, grad)
     for got, want in zip(seeded(), oracle, strict=True):
         scale = max(1.0, want.abs().max().item())
         measure.refuse_if_wrong(name, got / scale, want / scale, torch.float32)
