@@ -14,12 +14,20 @@ from diffmask_fast.probes import Probe
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode and without parameter gradients; afterwards as it was, flag by flag."""
+    """The model in evaluation mode and without parameter gradients; afterwards as it was, flag by flag.
+
+    Recurrent layers without dropout alone are in training mode, where they do the same and a GPU can go back through
+    them.
+    """
     training = {module: module.training for module in model.modules()}
     needs_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.eval()
         model.requires_grad_(False)
+        for module in model.modules():
+            # cuDNN has no backward of a recurrent layer in evaluation mode; without dropout the modes are the same
+            if isinstance(module, nn.RNNBase) and module.dropout == 0:
+                module.training = True
         yield model
     finally:
         for module, flag in training.items():

@@ -30,6 +30,14 @@ def a_probe(masking: str) -> Probe:
     return probe
 
 
+@pytest.mark.parametrize(("dropout", "expected"), [(0.0, True), (0.5, False)])
+def test_only_recurrent_layers_without_dropout_are_in_training_mode(dropout: float, expected: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.GRU(2, 2, num_layers=2, dropout=dropout))
+    with frozen(model):
+        assert [module.training for module in model.modules()] == [False, False, expected]
+    assert all(module.training for module in model.modules())
+
+
 def test_a_frozen_model_is_in_evaluation_mode_and_asks_for_no_gradient(model: Any) -> None:
     model.train()
     with frozen(model):
