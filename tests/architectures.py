@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from diffmask_fast.sites import patch, sites_of
 
 WIDTH, HEADS, LAYERS, WORDS, IMAGE, PATCH = 16, 2, 3, 60, 16, 8
 
@@ -42,7 +44,15 @@ def tiny_config(config: Any) -> Any:
 def _shrunk(settings: Any, name: str = "", layers: tuple[int, ...] = ()) -> Any:
     if isinstance(settings, Mapping):
         depths = [v for k, v in settings.items() if isinstance(v, int) and _small(k) == LAYERS]
-        return {key: _shrunk(value, key, tuple(depths)) for key, value in settings.items()}
+        shrunk = {key: _shrunk(value, key, tuple(depths)) for key, value in settings.items()}
+        return {key: value for key, value in shrunk.items() if value is not None or settings[key] is None}
+    if name in ("out_features", "out_indices", "stage_names", "_out_features", "_out_indices", "per_layer_config"):
+        return None
+    if name == "mrope_section":
+        return [2, 1, 1]
+    if name == "layer_types" and settings:
+        kinds = list(dict.fromkeys(settings))
+        return (kinds * LAYERS)[:LAYERS]
     if isinstance(settings, list):
         if "conv_dim" in name:
             return [WIDTH] * len(settings)
@@ -74,10 +84,136 @@ def candidates(config: Any) -> Iterator[dict[str, Tensor]]:
     bins = next(
         (s for n in ("num_mel_bins", "input_feat_per_channel", "feature_size") if (s := getattr(config, n, 0))), 80
     )
+    boxes = {**text, "bbox": torch.zeros(2, 8, 4, dtype=torch.long)}
+    frames = next((s for n in ("num_frames", "frames_per_clip") if (s := getattr(config, n, 0))), 2)
+    film = {"pixel_values": torch.randn(2, frames, channels, size, size, generator=generator)}
     sound = {"input_values": torch.randn(2, 4000, generator=generator)}
-    yield from ({**padded, **decoder}, padded, text, {**text, **decoder}, picture, {**padded, **picture}, sound)
+    yield from (
+        {**padded, **decoder},
+        padded,
+        text,
+        {**text, **decoder},
+        boxes,
+        picture,
+        {**padded, **picture},
+        film,
+        sound,
+    )
     yield {**picture, **decoder}
     for shape in ((2, 32, bins), (2, bins, 32), (2, bins, 128)):
         features = {"input_features": torch.randn(shape, generator=generator)}
         yield features
         yield {**features, **decoder}
+
+
+# --- what sites must do: each returns nothing, or fails ---
+
+
+def outputs(result: Any) -> list[Tensor]:
+    """The tensors of a model's output in order, without those of the cache of keys and values."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, Mapping):
+        return [t for key, value in result.items() if "past" not in key and "cache" not in key for t in outputs(value)]
+    return [t for value in result for t in outputs(value)] if isinstance(result, (tuple, list)) else []
+
+
+def same(left: Any, right: Any) -> bool:
+    left, right = outputs(left), outputs(right)
+    return len(left) == len(right) > 0 and all(map(torch.equal, left, right))
+
+
+def captures_the_models_own_hidden_states(model: nn.Module, inputs: dict[str, Tensor], part: str = "") -> None:
+    """The last of them may be what the model's final norm made of the state, as in most decoders."""
+    sites = sites_of(model, part)
+    result = model(**inputs, output_hidden_states=True)
+    side = "decoder" if "decoder" in sites[-1].module.split(".") else "encoder"
+    hidden = next((h for key in (f"{side}_hidden_states", "hidden_states") if (h := result.get(key)) is not None), None)
+    assert hidden is not None, "no hidden states to compare with"
+    states = patch(model, part).run(inputs, capture=range(len(sites))).states
+    of_layers = [states[k] for k, site in enumerate(sites) if site.side == "input"]
+    assert len(hidden) == len(of_layers) + 1, f"{len(hidden)} hidden states of {len(of_layers)} layers"
+    different = [i for i, (a, b) in enumerate(zip(of_layers, hidden, strict=False)) if not torch.equal(a, b)]
+    assert not different, f"the inputs of layers {different} differ"
+    last, final = states[len(sites) - 1], hidden[-1]
+    ends = [m for m in model.modules() if "norm" in type(m).__name__.lower() and not list(m.children())]
+    normed = [m for m in ends if getattr(m, "weight", last).shape[-1:] == last.shape[-1:]]
+    assert torch.equal(last, final) or any(torch.equal(norm(last), final) for norm in normed), "the last one differs"
+
+
+def captures_the_embedding(model: nn.Module, inputs: dict[str, Tensor], part: str = "") -> None:
+    site = sites_of(model, part)[0]
+    assert site.name == "embedding", "no embedding"
+    key = "decoder_input_ids" if "decoder" in site.module.split(".") else model.main_input_name
+    key = key if key in inputs else "input_ids"
+    expected = outputs(model.get_submodule(site.module)(inputs[key]))[0]
+    assert torch.equal(patch(model, part).run(inputs, capture=(0,)).states[0], expected)
+
+
+def a_replacement_by_the_same_changes_no_bit(model: nn.Module, inputs: dict[str, Tensor], part: str = "") -> None:
+    plain, patched = model(**inputs), patch(model, part)
+    every = range(len(patched.sites))
+    assert same(patched.run(inputs, replace=dict.fromkeys(every, lambda state: state)).output, plain)
+    assert same(patched.run(inputs, replace=dict.fromkeys(every, torch.clone)).output, plain)
+
+
+def a_replacement_changes_what_follows_and_nothing_else(
+    model: nn.Module, inputs: dict[str, Tensor], part: str = ""
+) -> None:
+    patched = patch(model, part)
+    every = range(len(patched.sites))
+    plain = patched.run(inputs, capture=every)
+    for site in every:
+        state = plain.states[site]
+        noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(site)).to(state.dtype)
+        changed = patched.run(inputs, capture=every, replace={site: state + noise})
+        for other in every:
+            untouched = torch.equal(changed.states[other], plain.states[other])
+            assert untouched == (other <= site), f"site {other} after a replacement at site {site}"
+        assert not same(changed.output, plain.output), f"no effect of site {site}"
+
+
+def stop_and_resume_give_the_whole_pass(model: nn.Module, inputs: dict[str, Tensor], part: str = "") -> None:
+    plain, first = model(**inputs), patch(model, part)
+    states = first.run(inputs, capture=range(len(first.sites))).states
+    for site, state in states.items():
+        assert torch.equal(patch(model, part).run(inputs, stop=site, capture=(site,)).states[site], state)
+        noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(site)).to(state.dtype)
+        replaced = first.run(inputs, replace={site: state + noise}).output
+        for handle in (first, patch(model, part)):  # a handle that saw a run, and one that saw none
+            assert same(handle.run(inputs, resume=(site, state)).output, plain), f"resumed at site {site}"
+            assert same(handle.run(inputs, resume=(site, state + noise)).output, replaced), f"resumed at {site}"
+
+
+def the_model_stays_as_it_was(model: nn.Module, inputs: dict[str, Tensor], part: str = "") -> None:
+    plain = model(**inputs)
+    before = snapshot(model)
+    with patch(model, part) as patched:
+        last = len(patched.sites) - 1
+        state = patched.run(inputs, capture=range(last + 1)).states[last]
+        patched.run(inputs, replace={0: torch.clone}, stop=last)
+        patched.run(inputs, resume=(last, state))
+    assert snapshot(model) == before
+    assert same(model(**inputs), plain)
+
+
+PROPERTIES = (
+    captures_the_models_own_hidden_states,
+    captures_the_embedding,
+    a_replacement_by_the_same_changes_no_bit,
+    a_replacement_changes_what_follows_and_nothing_else,
+    stop_and_resume_give_the_whole_pass,
+    the_model_stays_as_it_was,
+)
+
+
+def snapshot(model: nn.Module) -> Any:
+    """Every attribute of every submodule, in order, and what its dictionaries (hooks, children) hold."""
+    taken = {}
+    for name, module in model.named_modules():
+        taken[name] = [
+            (key, id(value), list(value.items()) if isinstance(value, dict) else None)
+            for key, value in module.__dict__.items()
+        ]
+    flags = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+    return taken, flags, [module.training for module in model.modules()]
