@@ -50,7 +50,7 @@ def run(
 
     Raises ValueError for another number of states than the model has, and what `patch` and its `run` do.
     """
-    with patch(model, rows) as patched:
+    with patch(model, rows=rows) as patched:
         numbers = range(len(patched.sites))
         if hidden_states is not None and len(hidden_states) != len(numbers):
             raise ValueError(

@@ -6,6 +6,8 @@ Hooks stand only while `Patched.run` runs.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from .derive import hands_on
 from .registry import Site, expand, listing
 
 Replacement = Tensor | Callable[[Tensor], Tensor]
@@ -30,12 +32,14 @@ class Run(NamedTuple):
     states: dict[int, Tensor]
 
 
-def patch(model: nn.Module, rows: Iterable[tuple] | None = None) -> Patched:
+def patch(model: nn.Module, part: str = "", rows: Iterable[tuple | Site] | None = None) -> Patched:
     """A handle by which the hidden states of `model` can be captured and replaced. Changes nothing by itself.
 
     Args:
-        model: an eager module whose class has sites (see `register_sites`). Of a DDP or compiled wrapper,
-            pass what is inside.
+        model: an eager module that has sites (see `sites_of`). Of a DDP or compiled wrapper, pass what is
+            inside.
+        part: dotted path of the submodule whose sites they are, as "decoder" (see `sites_of`). A run is always one
+            of the whole model.
         rows: sites for this handle alone, as `register_sites` takes them, whatever is known of the class.
 
     Returns:
@@ -49,22 +53,23 @@ def patch(model: nn.Module, rows: Iterable[tuple] | None = None) -> Patched:
         ...     original, states = patched.run(inputs, capture=(0, 3))
         ...     masked, _ = patched.run(inputs, replace={0: z * states[0] + (1 - z) * baseline})
     """
-    return Patched(model, rows)
+    return Patched(model, part, rows)
 
 
 class Patched:
     """The handle that `patch` returns. `sites` are the model's; a site's number is its place among them."""
 
-    def __init__(self, model: nn.Module, rows: Iterable[tuple] | None = None) -> None:
-        expanded = expand(model, rows)
+    def __init__(self, model: nn.Module, part: str = "", rows: Iterable[tuple | Site] | None = None) -> None:
+        expanded = expand(model, part, rows)
         self.sites: tuple[Site, ...] = tuple(site for site, _ in expanded)
         self._chain = [k for k, (_, in_chain) in enumerate(expanded) if in_chain]
         self._model: nn.Module | None = model
         self._modules = [model.get_submodule(site.module) for site in self.sites]
         self._enclosing = _enclosing(model, self.sites)
-        # How the module of an output site hands over its state, where nothing else of what it returns is
-        # needed. A layer gives a tensor in transformers 5 and a tuple in 4, which is known once it has run.
-        self._wrappers: dict[int, Callable[[Tensor], Any]] = {}
+        self._parts = [model.get_submodule(site.within) if site.within else None for site in self.sites]
+        # An output in which the state is yet to be put, by `_kind`, where nothing else of it is needed. A layer gives
+        # a tensor in transformers 5 and a tuple in 4, which is known once it has run.
+        self._forms: dict[Any, Any] = {}
 
     def __enter__(self) -> Patched:
         return self
@@ -90,7 +95,7 @@ class Patched:
 
     def remove(self) -> None:
         """Let go of the model: the handle can't run any more. May be called again."""
-        self._model, self._modules, self._enclosing = None, [], []
+        self._model, self._modules, self._enclosing, self._parts, self._forms = None, [], [], [], {}
 
     def run(
         self,
@@ -117,9 +122,10 @@ class Patched:
                 dtype there.
             stop: leave the model as soon as the state of this site is known; the output is None.
             resume: `(site, state)` goes on from that site with that state. The layers of the chain below
-                don't run; nor does the site's own module, once it has run under this handle and was seen to
-                return the state alone (of a layer of the chain, nothing but the state counts). The state must
-                be like the one entering the chain, if it is above that.
+                don't run, except for the first one where that has yet to show how it returns its state, or makes
+                what all of them need (T5's position bias). Nor does the site's own module, once it has run under
+                this handle and was seen to return the state alone (of a layer of the chain, nothing else
+                counts). The state must be like the one entering the chain, if it is above that.
             call: what to call with the inputs in place of the model: a function that calls the model once.
 
         Returns:
@@ -136,11 +142,14 @@ class Patched:
         plan = self._plan(capture, replace, stop, resume)
         self._check_call(inputs, resume is not None)
         output = None
-        with _only_run_of(self._modules[0]), ExitStack() as undo:
+        with _only_run_of(self._enclosing), ExitStack() as undo:
+            plan.undo = undo
+            if self._chain:
+                self._learn(self._chain[0], plan)
             if resume is not None:
-                self._skip_below(*resume, plan, undo)
+                self._skip_below(*resume, plan)
             for k in sorted(plan.visited):
-                undo.callback(self._hook(k, partial(plan.visit, k)).remove)
+                self._hook(k, partial(plan.visit, k), plan)
             try:
                 output = (call or model)(**inputs)
             except _Stop:
@@ -218,50 +227,112 @@ class Patched:
                     "hooks: call model.gradient_checkpointing_disable() or model.eval()"
                 )
 
-    def _hook(self, k: int, act: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    def _hook(self, k: int, act: Callable[[Tensor], Tensor], plan: _Plan) -> None:
         """Put `act` between the state of site k and what follows it."""
         site, module = self.sites[k], self._modules[k]
-        if site.side == "input":
+        is_meant = self._calls_of(k, plan.undo)
 
-            def before(_: nn.Module, args: tuple) -> tuple | None:
-                state = _entry_of(args, site)
-                new = act(state)
-                return None if new is state else (*args[: site.index], new, *args[site.index + 1 :])
-
-            return module.register_forward_pre_hook(before)
-
-        in_chain = any(module is self._modules[j] for j in self._chain)
-
-        def after(_: nn.Module, __: tuple, output: Any) -> Any:
-            bare = isinstance(output, Tensor)
-            state = _entry_of((output,) if bare else output, site)
-            self._wrappers[k] = partial(_wrapped, None if bare else len(output), site.index)
-            rest = () if bare else (*output[: site.index], *output[site.index + 1 :])
-            if not in_chain and any(entry is not None for entry in rest):
-                del self._wrappers[k]
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+            if not is_meant():
+                return None
+            name = _name_of_argument(module, args, site.index)
+            state = _entry_of((kwargs[name],) if name in kwargs else args, site, 0 if name in kwargs else site.index)
             new = act(state)
             if new is state:
                 return None
-            return new if bare else (*output[: site.index], new, *output[site.index + 1 :])
+            return (args, {**kwargs, name: new}) if name in kwargs else (_with_entry(args, site.index, new), kwargs)
 
-        return module.register_forward_hook(after)
+        def after(_: nn.Module, __: tuple, output: Any) -> Any:
+            if not is_meant():
+                return None
+            state = _entry_of(output, site, site.index)
+            new = act(state)
+            return None if new is state else _with_entry(output, site.index, new)
 
-    def _skip_below(self, k: int, state: Tensor, plan: _Plan, undo: ExitStack) -> None:
+        if site.side == "input":
+            plan.undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        else:
+            self._learn(k, plan)
+            plan.undo.callback(module.register_forward_hook(after).remove)
+
+    def _calls_of(self, k: int, undo: ExitStack) -> Callable[[], bool]:
+        """A function that, asked at each call of the module of site k, says whether it is the call of the site."""
+        site, part = self.sites[k], self._parts[k]
+        registered = {s.call for s, m in zip(self.sites, self._modules, strict=True) if m is self._modules[k]}
+        calls, running = itertools.count(), [part is None]
+        if part is not None:
+            undo.callback(part.register_forward_pre_hook(lambda *_: running.__setitem__(0, True)).remove)
+            undo.callback(part.register_forward_hook(lambda *_: running.__setitem__(0, False)).remove)
+
+        def is_meant() -> bool:
+            if not running[0]:
+                return False
+            call = next(calls)
+            if call > max(registered):
+                raise RuntimeError(
+                    f"site {k} ({site}) was passed {'twice' if call == 1 else 'once more than registered'} in one "
+                    "run: its module is shared or called again, so that it has no single state. Register a Site for "
+                    "each `call` of it, or sites that are passed once"
+                )
+            return call == site.call
+
+        return is_meant
+
+    def _kind(self, k: int) -> Any:
+        """What returns its state alike: the layers of one class, which one loop calls; another module by itself."""
+        module = self._modules[k]
+        return type(module) if module in self.layers else module
+
+    def _learn(self, k: int, plan: _Plan) -> None:
+        """See how the module of site k returns its state."""
+        module, kind, index = self._modules[k], self._kind(k), self._index_in_output(k)
+
+        def note(_: nn.Module, __: tuple, output: Any) -> None:
+            alone = isinstance(output, Tensor) or all(x is None for i, x in enumerate(output) if i != index)
+            if kind is not module and not alone and hands_on(module):
+                plan.forms.setdefault(kind, output)
+            elif kind is not module or alone:
+                plan.forms[kind] = self._forms[kind] = None if isinstance(output, Tensor) else (None,) * len(output)
+
+        plan.undo.callback(module.register_forward_hook(note).remove)
+
+    def _index_in_output(self, k: int) -> int:
+        same = (j for j, site in enumerate(self.sites) if site.side == "output" and self._kind(j) == self._kind(k))
+        return next((self.sites[j].index for j in same), 0)
+
+    def _skip_below(self, k: int, state: Tensor, plan: _Plan) -> None:
         """Have the chain below site k return at once, and `state` enter at k."""
-        own = self._modules[k] if self.sites[k].side == "output" and k > 0 else None
-        wrap = self._wrappers.get(k)
+        plan.forms.update(self._forms)
+        plan.given[k] = state
         below = [j for j in self._chain if j < k]
         if not below or self.sites[below[0]].side == "input":
             # What the layers below return is read by nobody, but the first of them still gets its true input.
-            undo.callback(self._hook(below[0] if below else k, partial(_compared, state, k)).remove)
-        for j in below:
-            if self._modules[j] is not own:
-                _return_at_once(self._modules[j], state, undo)
-            elif wrap is None:
-                plan.given[j] = state  # so that the last layer can run, to show how it returns its state
-        if own is not None and wrap is not None:
-            _return_at_once(own, wrap(state), undo)
-        plan.given[k] = state
+            self._hook(below[0] if below else k, partial(_compared, state, k), plan)
+        skipped: dict[nn.Module, set[int]] = {}
+        for j in (*below, *([k] if self.sites[k].side == "output" and k > 0 else [])):
+            module = self._modules[j]
+            if module not in skipped:
+                skipped[module] = set()
+                self._learn(j, plan)
+                self._return_at_once(j, state, skipped[module], plan)
+            skipped[module].add(self.sites[j].call)
+
+    def _return_at_once(self, k: int, state: Tensor, skipped: set[int], plan: _Plan) -> None:
+        """In those of its calls the module of site k returns `state`, if it is known how."""
+        kind, index = self._kind(k), self._index_in_output(k)
+        attributes, calls, whole = self._modules[k].__dict__, itertools.count(), self._modules[k].forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) in skipped and kind in plan.forms:
+                form = plan.forms[kind]
+                return state if form is None else _with_entry(form, index, state)
+            return whole(*args, **kwargs)
+
+        if "forward" in attributes:  # accelerate and others leave one on the instance
+            plan.undo.callback(attributes.__setitem__, "forward", attributes["forward"])
+        else:
+            plan.undo.callback(attributes.__delitem__, "forward")
+        attributes["forward"] = forward
 
 
 class _Stop(BaseException):
@@ -279,6 +350,8 @@ class _Plan:
     stop: int | None = None
     states: dict[int, Tensor] = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
+    forms: dict[Any, Any] = field(default_factory=dict)
+    undo: ExitStack = field(default_factory=ExitStack)
 
     @property
     def visited(self) -> set[int]:
@@ -286,11 +359,6 @@ class _Plan:
 
     def visit(self, k: int, state: Tensor) -> Tensor:
         """The state that goes on from site k."""
-        if k in self.reached:
-            raise RuntimeError(
-                f"site {k} ({self.sites[k]}) was passed twice in one run: its module is shared or called "
-                "again, so that it has no single state. Register sites that are passed once"
-            )
         self.reached.add(k)
         state = self.given.get(k, state)
         if k in self.capture:
@@ -308,21 +376,21 @@ _running_lock = Lock()
 
 
 @contextmanager
-def _only_run_of(module: nn.Module) -> Iterator[None]:
-    """One run at a time. `module` is the first site's: a model with a head shares it with its base model."""
-    key = id(module)
+def _only_run_of(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """One run at a time of models that share any of these, as a model with a head and its base model do."""
+    keys = {id(module) for module in modules}
     with _running_lock:
-        if key in _running:
+        if keys & _running:
             raise RuntimeError(
                 "another run of this model is under way, in another thread or around this one, and its hooks "
                 "would be met here too: wait for it, or give each thread its own copy of the model"
             )
-        _running.add(key)
+        _running.update(keys)
     try:
         yield
     finally:
         with _running_lock:
-            _running.discard(key)
+            _running.difference_update(keys)
 
 
 def _enclosing(model: nn.Module, sites: Iterable[Site]) -> list[nn.Module]:
@@ -334,13 +402,25 @@ def _enclosing(model: nn.Module, sites: Iterable[Site]) -> list[nn.Module]:
     return [model.get_submodule(path) for path in sorted(paths)]
 
 
-def _entry_of(values: Any, site: Site) -> Tensor:
-    if type(values) is tuple and site.index < len(values) and isinstance(values[site.index], Tensor):
-        return values[site.index]
+def _name_of_argument(module: nn.Module, args: tuple, index: int) -> str:
+    """The name by which an argument was given that isn't among the positional ones."""
+    if index < len(args):
+        return ""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return names[index] if index < len(names) else ""
+
+
+def _entry_of(values: Any, site: Site, index: int) -> Tensor:
     parts = values if type(values) is tuple else (values,)
+    if index < len(parts) and isinstance(parts[index], Tensor):
+        return parts[index]
     got = ", ".join(type(value).__name__ for value in parts) or "nothing"
     remedy = "pad the sequences, don't pack them" if "Packed" in got else "register where the state stands"
-    raise TypeError(f"site {site}: expected a tensor there, by position, got ({got}): {remedy}")
+    raise TypeError(f"site {site}: expected a tensor there, got ({got}): {remedy}")
+
+
+def _with_entry(values: Any, index: int, new: Any) -> Any:
+    return (*values[:index], new, *values[index + 1 :]) if isinstance(values, tuple) else new
 
 
 def _fitting(new: Tensor, state: Tensor, k: int) -> Tensor:
@@ -364,18 +444,3 @@ def _compared(new: Tensor, k: int, state: Tensor) -> Tensor:
 
 def _words(state: Tensor) -> str:
     return f"{tuple(state.shape)} {str(state.dtype).removeprefix('torch.')} on {state.device}"
-
-
-def _wrapped(length: int | None, index: int, state: Tensor) -> Any:
-    """`state` as a module returns it: bare, or at `index` of a tuple of that length."""
-    return state if length is None else (*[None] * index, state, *[None] * (length - index - 1))
-
-
-def _return_at_once(module: nn.Module, output: Any, undo: ExitStack) -> None:
-    """Until undone, the forward of this instance returns `output`."""
-    attributes = module.__dict__
-    if "forward" in attributes:  # accelerate and others leave one on the instance
-        undo.callback(attributes.__setitem__, "forward", attributes["forward"])
-    else:
-        undo.callback(attributes.__delitem__, "forward")
-    attributes["forward"] = lambda *args, **kwargs: output

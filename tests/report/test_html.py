@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from repeated import repeated
 
 from diffmask_fast.attribution import Attributions
 from diffmask_fast.report import html
@@ -100,7 +101,7 @@ def test_the_same_attributions_give_the_same_page(squad: Attributions, tmp_path:
 
 
 def test_a_value_takes_less_than_three_bytes(squad: Attributions, tmp_path: Path) -> None:
-    many = Attributions.concat([squad] * 50)
+    many = repeated(squad, 50)
     one, all_of_them = len(page(squad, tmp_path)), len(page(many, tmp_path))
     texts = 49 * (len(json.dumps([squad.tokens, squad.original, squad.masked])) + 14 * 3 * len("0.000,1,") + 3 * 200)
     assert all_of_them - one < 3 * 49 * squad.keep.numel() + texts

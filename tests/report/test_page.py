@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from repeated import repeated
 
 from diffmask_fast.attribution import Attributions
 from diffmask_fast.report import html
@@ -273,7 +274,7 @@ def test_one_text_needs_no_picker(sst: Attributions, opened: Open) -> None:
 
 
 def test_of_a_thousand_texts_only_one_is_drawn(sst: Attributions, opened: Open) -> None:
-    page = opened(Attributions.concat([sst] * 250))
+    page = opened(repeated(sst, 250))
     assert len(tokens(page)) == len(sst.tokens[0])
     press(page, "search", "hostile")
     assert text(page, "count") == "250 of 1,000 texts match"

@@ -8,22 +8,10 @@ import weakref
 
 import pytest
 import torch
+from architectures import snapshot
 from torch import nn
 
 from diffmask_fast.sites import patch, register_sites
-
-
-def snapshot(model):
-    """Every attribute of every submodule, in order, and what its dictionaries (hooks, children) hold."""
-    taken = {}
-    for name, module in model.named_modules():
-        taken[name] = [
-            (key, id(value), list(value.items()) if isinstance(value, dict) else None)
-            for key, value in module.__dict__.items()
-        ]
-    flags = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
-    return taken, flags, [module.training for module in model.modules()]
-
 
 # --- capture and replacement ---
 

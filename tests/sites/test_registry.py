@@ -81,15 +81,13 @@ def test_the_error_for_an_unknown_class_is_the_code_that_registers_it():
     ]
 
 
-def test_the_error_for_an_unknown_hugging_face_model_names_its_base_model():
+def test_the_error_for_a_hugging_face_model_that_declares_no_layers_names_its_base_model():
     transformers = pytest.importorskip("transformers")
-    config = transformers.ElectraConfig(
-        vocab_size=20, embedding_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    with pytest.raises(ValueError, match=r"register_sites\(ElectraModel") as error:
-        sites_of(transformers.ElectraForQuestionAnswering(config))
-    assert "ElectraForQuestionAnswering" in str(error.value)
-    assert "('layer {i}', 'encoder.layer.*', 'input')" in str(error.value)
+    config = transformers.TextNetConfig(conv_layer_kernel_sizes=[[[3, 3]]] * 4, conv_layer_strides=[[2]] * 4)
+    model = transformers.TextNetForImageClassification(config)
+    with pytest.raises(ValueError, match=r"register_sites\(TextNetModel") as error:
+        sites_of(model)
+    assert "TextNetForImageClassification, nor for its base model TextNetModel" in str(error.value)
 
 
 @pytest.mark.parametrize("module", ["absent", "words.absent", "blocks.7", "blocks.-3", "words.*"])

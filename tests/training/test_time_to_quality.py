@@ -18,6 +18,7 @@ from tiny_probe import a_probe
 from diffmask_fast.data import encode
 from diffmask_fast.tasks.squad import RECIPES
 from diffmask_fast.training.evaluation import attribution_metrics
+from diffmask_fast.training.objective import GROWN
 
 TEXTS = [
     ("who was king ?", "the old king walked in münchen ."),
@@ -38,7 +39,7 @@ def test_a_look_is_the_probe_as_it_was_then(tiny_bert: Any, tokenizer: Any) -> N
     assert [look.step for look in looks] == [1, 2, 3, 4, 5, 6]  # 18 texts, 8 a step
     assert all(one.seconds < other.seconds for one, other in pairwise(looks))
     bounds = [look.probe.heads[0].bound for look in looks]
-    assert bounds == pytest.approx([3 + 7 * min(1.0, step / 6 / 0.7) for step in range(6)])  # as the recipe says
+    assert bounds == pytest.approx([3 + 7 * min(1.0, step / 6 / GROWN) for step in range(6)])  # as the recipe says
     states = [torch.cat([p.flatten() for p in look.probe.parameters()]) for look in looks]
     assert all(not torch.equal(one, other) for one, other in pairwise(states))
 
