@@ -17,7 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 
 class Derived(NamedTuple):
     """Paths from the model: of the container of the layers; of the module that embeds, None if it names none that
-    gives a state per token; and of what holds both, if the same module embeds elsewhere too."""
+    gives a state per token; and of what holds both, if the same module embeds elsewhere too ("." is the part itself).
+    """
 
     stack: str
     embedding: str | None = None
@@ -46,7 +47,7 @@ def derive(model: nn.Module, whole: nn.Module) -> Derived | None:
         return Derived(stack)
     embedding = max(embeddings, key=lambda path: len(_common(stack, path)))
     shared = len(_paths_of(whole, model.get_submodule(embedding))) > 1
-    return Derived(stack, embedding, _common(stack, embedding) if shared else "")
+    return Derived(stack, embedding, (_common(stack, embedding) or ".") if shared else "")
 
 
 def hands_on(layer: nn.Module) -> bool:

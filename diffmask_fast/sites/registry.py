@@ -148,7 +148,7 @@ def expand(
     expanded: list[tuple[Site, bool]] = []
     for row in entry:
         for i, (path, call) in enumerate(_resolve(owner, row)):
-            name, within = row.name.replace("{i}", str(i)), row.within and (prefix + row.within).removesuffix(".")
+            name, within = row.name.replace("{i}", str(i)), row.within and (prefix + row.within).rstrip(".")
             site = replace(row, name=name, module=prefix + path, call=call, within=within, times="")
             expanded.append((site, "*" in row.module))
     return tuple(expanded)
