@@ -51,7 +51,8 @@ def diffmask_per_example(
 
     Each text has its own multiplier, noise and stop: every `LOOK` steps the tokens with P(z != 0) above one half are
     kept and all others dropped; the gates of the fewest tokens that keep the answer, within the tolerance, are the
-    result. A text that finds nothing better for `PATIENCE` looks is done and costs nothing more.
+    result, and of as few those with the smallest mean P(z != 0). A text that finds no fewer for `PATIENCE` looks is
+    done and costs nothing more.
 
     Args:
         batch, site, home: what is explained; the baseline starts at `home.mean`.
@@ -102,7 +103,8 @@ class Best:
     logits: Tensor
     shift: Tensor
     kept: Tensor  # (B,) tokens
-    since: Tensor  # (B,) looks without anything better
+    opened: Tensor  # (B,) mean P(z != 0)
+    since: Tensor  # (B,) looks without fewer tokens
     steps: Tensor  # (B,) taken
 
 
@@ -137,7 +139,10 @@ def _learned(
     log_multiplier = torch.zeros(len(batch), device=state.device)
     recent = torch.zeros(len(batch), device=state.device)  # of the KL
     average = torch.zeros(len(batch), device=state.device)  # of the costs
-    best = Best(logits.detach().clone(), shift.detach().clone(), lengths.clone(), *(lengths * 0 for _ in range(2)))
+    best = Best(
+        *(logits.detach().clone(), shift.detach().clone(), lengths.clone()),
+        *(torch.ones_like(recent), lengths * 0, lengths * 0),
+    )
     rows = torch.arange(len(batch), device=state.device)
 
     def masked(gates: Tensor, rows: Tensor) -> Prediction:
@@ -170,8 +175,9 @@ def _learned(
                 log_multiplier.clamp_(*map(math.log, MULTIPLIERS))
                 best.steps[rows] = step
                 if step % LOOK == 0 or step == steps:
-                    gates = (log_kept(logits[rows]).exp() > KEPT_ABOVE).float() * real[rows]
-                    _look(batch, best, rows, logits, shift, gates, masked(gates, rows), tolerance)
+                    keep = log_kept(logits[rows]).exp() * real[rows]
+                    prediction = masked((keep > KEPT_ABOVE).float(), rows)
+                    _look(batch, best, rows, logits, shift, keep, prediction, tolerance)
                     rows = (best.since < PATIENCE).nonzero().squeeze(-1)
                     if not len(rows):
                         break
@@ -200,15 +206,19 @@ def _look(
     rows: Tensor,
     logits: Tensor,
     shift: Tensor,
-    gates: Tensor,
+    keep: Tensor,
     masked: Prediction,
     tolerance: float,
 ) -> None:
-    """Note the logits of those texts whose kept tokens are fewer than ever and hold the constraint."""
-    same = (batch.answers(masked, rows) == batch.answers(batch.original)[rows]).all(-1)
-    kept = gates.sum(-1).to(best.kept.dtype)
-    better = same & (batch.divergence(masked, rows) <= tolerance) & (kept < best.kept[rows])
+    """Note the logits of those texts that hold the constraint with fewer tokens than ever, or with as few and gates
+    less open."""
+    holds = (batch.answers(masked, rows) == batch.answers(batch.original)[rows]).all(-1)
+    holds &= batch.divergence(masked, rows) <= tolerance
+    kept, opened = (keep > KEPT_ABOVE).sum(-1), keep.sum(-1) / batch.real[rows].sum(-1)
+    fewer = holds & (kept < best.kept[rows])
+    better = fewer | (holds & (kept == best.kept[rows]) & (opened < best.opened[rows]))
     chosen = rows[better]
-    best.logits[chosen], best.shift[chosen], best.kept[chosen] = logits[chosen], shift[chosen], kept[better]
+    best.logits[chosen], best.shift[chosen] = logits[chosen], shift[chosen]
+    best.kept[chosen], best.opened[chosen] = kept[better], opened[better]
     best.since[rows] += 1
-    best.since[chosen] = 0
+    best.since[rows[fewer]] = 0

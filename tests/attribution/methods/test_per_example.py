@@ -39,7 +39,7 @@ def plain(method: str, model: Any, ids: list[int], home: Any) -> tuple[Tensor, i
     shift = torch.zeros(state.shape[-1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([{"params": [logits]}, {"params": [shift], "lr": 0.1 * RATE}], lr=RATE)
     multiplier, average = torch.ones((), dtype=torch.float64), 0.0
-    best, fewest, looks = None, len(ids), 0
+    best, fewest, smallest, looks = None, len(ids), 1.0, 0
 
     def divergence(gates: Tensor) -> tuple[Tensor, bool]:
         baseline = home.mean.double() + home.std.double() * shift
@@ -72,11 +72,13 @@ def plain(method: str, model: Any, ids: list[int], home: Any) -> tuple[Tensor, i
         multiplier = (multiplier * math.exp(0.1 * violation)).clamp(0.3, 200)
         if step % 20 == 0:
             with torch.no_grad():
-                kept = log_kept().exp() > 0.5
-                found, same = divergence(kept.double())
+                keep = log_kept().exp()
+                found, same = divergence((keep > 0.5).double())
             looks += 1
-            if same and found <= TOLERANCE and int(kept.sum()) < fewest:
-                best, fewest, looks = log_kept().detach().exp(), int(kept.sum()), 0
+            now = int((keep > 0.5).sum()), keep.mean().item()
+            if same and found <= TOLERANCE and now < (fewest, smallest):
+                looks = 0 if now[0] < fewest else looks
+                best, (fewest, smallest) = keep, now
             if looks == per_example.PATIENCE:
                 break
     start = torch.full((len(ids),), 5.0, dtype=torch.float64)
