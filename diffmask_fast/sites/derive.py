@@ -46,7 +46,7 @@ def derive(model: nn.Module, whole: nn.Module) -> Derived | None:
         return Derived(stack)
     embedding = max(embeddings, key=lambda path: len(_common(stack, path)))
     shared = len(_paths_of(whole, model.get_submodule(embedding))) > 1
-    return Derived(stack, embedding, _common(stack, embedding) if shared else "")
+    return Derived(stack, embedding, (_common(stack, embedding) or ".") if shared else "")
 
 
 def hands_on(layer: nn.Module) -> bool:

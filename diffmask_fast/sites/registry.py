@@ -29,7 +29,7 @@ class Site:
         index: which positional argument (input) or which entry of the output tuple (output) is the state; an
             output that is a tensor is its own entry 0.
         call: which of the calls of that submodule in a run of the model, if there are several.
-        within: dotted path of a module: only calls made while it runs count.
+        within: dotted path of a module, or "." for the part: only calls made while it runs count.
         times: in a row with `*` or -1, the name of the configuration's number of layers, if the children run more
             than once: each does for an equal stretch of the layers.
     """
@@ -136,7 +136,7 @@ def expand(model: nn.Module, part: str = "") -> tuple[tuple[Site, bool], ...]:
     expanded: list[tuple[Site, bool]] = []
     for row in entry:
         for i, (path, call) in enumerate(_resolve(owner, row)):
-            name, within = row.name.replace("{i}", str(i)), row.within and (prefix + row.within).removesuffix(".")
+            name, within = row.name.replace("{i}", str(i)), row.within and f"{prefix}{row.within}".strip(".")
             site = replace(row, name=name, module=prefix + path, call=call, within=within, times="")
             expanded.append((site, "*" in row.module))
     return tuple(expanded)
@@ -230,7 +230,7 @@ def _resolve(owner: Any, row: Site) -> list[tuple[str, int]]:
                 f"{path.rstrip('.') or 'the model'} has no '{part}', only {children}: "
                 "give the class rows that fit it with register_sites"
             )
-        path, module = f"{path}{name}.", module.get_submodule(name)
+        path, module = f"{path}{name}.", module._modules[name]
     return [(path.rstrip("."), row.call)]
 
 

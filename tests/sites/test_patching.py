@@ -13,7 +13,6 @@ from torch import nn
 
 from diffmask_fast.sites import patch, register_sites
 
-
 # --- capture and replacement ---
 
 
