@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 OLD_TRANSFORMERS := $(VENV)/transformers-4.57
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test squad needs-squad sst needs-sst bench faults clean
+.PHONY: help setup demo test squad needs-squad sst needs-sst bench faults models clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -76,6 +76,9 @@ bench: $(VENV)/.dev ## time gate_mix and probe_logits against what else there is
 
 faults: $(VENV)/.dev ## kill trainings at random moments and compare what resumes with what was never stopped
 	$(BIN)/python -m pytest -m faults
+
+models: $(VENV)/.dev ## try the sites of every architecture of transformers and write docs/models.md
+	$(BIN)/python -m pytest -m models
 
 clean: ## remove what was built and trained, and .venv
 	rm -rf $(VENV) build dist runs *.egg-info diffmask_fast/_cpp*.so diffmask_fast/_cuda*.so

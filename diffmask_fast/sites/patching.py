@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .derive import hands_on
 from .registry import Site, expand, listing
@@ -115,7 +116,8 @@ class Patched:
         Args:
             inputs: keyword arguments of the model. With `resume` they still make the masks, and the
                 embeddings run.
-            capture: sites whose states are wanted, as the layers below made them: before a replacement at
+            capture: sites whose states are wanted (packed sequences padded, (B, T, H)), as the layers below
+                made them: before a replacement at
                 that site. They keep their graph if gradients are on. No other state is kept.
             replace: for each site, a state of the same shape, dtype and device as the one there, or a
                 function from that state to such a one. Gradients flow to it. Under autocast it is cast to the
@@ -288,11 +290,14 @@ class Patched:
         module, kind, index = self._modules[k], self._kind(k), self._index_in_output(k)
 
         def note(_: nn.Module, __: tuple, output: Any) -> None:
-            alone = isinstance(output, Tensor) or all(x is None for i, x in enumerate(output) if i != index)
+            if not isinstance(output, Tensor) and type(output) is not tuple:
+                return
+            bare = isinstance(output, Tensor)
+            alone = bare or all(x is None for i, x in enumerate(output) if i != index)
             if kind is not module and not alone and hands_on(module):
                 plan.forms.setdefault(kind, output)
-            elif kind is not module or alone:
-                plan.forms[kind] = self._forms[kind] = None if isinstance(output, Tensor) else (None,) * len(output)
+            elif (kind is not module or alone) and (bare or isinstance(output[index], Tensor)):
+                plan.forms[kind] = self._forms[kind] = None if bare else (None,) * len(output)
 
         plan.undo.callback(module.register_forward_hook(note).remove)
 
@@ -412,15 +417,28 @@ def _name_of_argument(module: nn.Module, args: tuple, index: int) -> str:
 
 def _entry_of(values: Any, site: Site, index: int) -> Tensor:
     parts = values if type(values) is tuple else (values,)
-    if index < len(parts) and isinstance(parts[index], Tensor):
-        return parts[index]
-    got = ", ".join(type(value).__name__ for value in parts) or "nothing"
-    remedy = "pad the sequences, don't pack them" if "Packed" in got else "register where the state stands"
+    entry = parts[index] if index < len(parts) else None
+    if isinstance(entry, PackedSequence):
+        return pad_packed_sequence(entry, batch_first=True)[0]
+    if isinstance(entry, Tensor) and not entry.is_nested:
+        return entry
+    got = ", ".join("nested Tensor" if getattr(v, "is_nested", 0) else type(v).__name__ for v in parts) or "nothing"
+    remedy = "pass enable_nested_tensor=False to the encoder" if "nested" in got else "register where the state stands"
     raise TypeError(f"site {site}: expected a tensor there, got ({got}): {remedy}")
 
 
 def _with_entry(values: Any, index: int, new: Any) -> Any:
-    return (*values[:index], new, *values[index + 1 :]) if isinstance(values, tuple) else new
+    if type(values) is tuple:
+        return (*values[:index], _with_entry(values[index], 0, new), *values[index + 1 :])
+    return _packed_like(values, new) if isinstance(values, PackedSequence) else new
+
+
+def _packed_like(old: PackedSequence, padded: Tensor) -> PackedSequence:
+    """(B, T, H) states packed in the order in which the old ones are."""
+    _, lengths = pad_packed_sequence(old)
+    order = torch.arange(len(lengths)) if old.sorted_indices is None else old.sorted_indices
+    packed = pack_padded_sequence(padded[order], lengths[order.cpu()], batch_first=True)
+    return PackedSequence(packed.data, old.batch_sizes, old.sorted_indices, old.unsorted_indices)
 
 
 def _fitting(new: Tensor, state: Tensor, k: int) -> Tensor:

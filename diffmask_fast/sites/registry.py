@@ -29,7 +29,7 @@ class Site:
         index: which positional argument (input) or which entry of the output tuple (output) is the state; an
             output that is a tensor is its own entry 0.
         call: which of the calls of that submodule in a run of the model, if there are several.
-        within: dotted path of a module: only calls made while it runs count.
+        within: dotted path of a module, or "." for the part: only calls made while it runs count.
         times: in a row with `*` or -1, the name of the configuration's number of layers, if the children run more
             than once: each does for an equal stretch of the layers.
     """
@@ -242,7 +242,7 @@ def _resolve(owner: Any, row: Site) -> list[tuple[str, int]]:
                 f"{path.rstrip('.') or 'the model'} has no '{part}', only {children}: "
                 "give the class rows that fit it with register_sites"
             )
-        path, module = f"{path}{name}.", module.get_submodule(name)
+        path, module = f"{path}{name}.", module._modules[name]
     return [(path.rstrip("."), row.call)]
 
 

@@ -12,19 +12,14 @@ from diffmask_fast.sites import register_sites
 class GRUClassifier(nn.Module):
     """Embedding, GRU, the mean of its outputs, a linear layer."""
 
-    def __init__(self, packed: bool = False):
+    def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(50, 12)
         self.gru = nn.GRU(12, 8, batch_first=True)
         self.classifier = nn.Linear(8, 3)
-        self.packed = packed
 
     def forward(self, input_ids):
-        states = self.embedding(input_ids)
-        if self.packed:
-            lengths = torch.full((len(states),), states.shape[1])
-            states = nn.utils.rnn.pack_padded_sequence(states, lengths, batch_first=True)
-        outputs, _ = self.gru(states)
+        outputs, _ = self.gru(self.embedding(input_ids))
         return self.classifier(outputs.mean(1))
 
 

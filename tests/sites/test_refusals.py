@@ -80,12 +80,6 @@ def test_a_state_that_does_not_fit_is_refused_with_both_descriptions(make_bert, 
         patched.run(inputs, resume=(site, state))
 
 
-def test_a_packed_sequence_is_refused_with_the_remedy(gru, ids):
-    packed = type(gru)(packed=True)
-    with pytest.raises(TypeError, match=r"gru: .*PackedSequence.*pad the sequences"):
-        patch(packed).run(ids, capture=(1,))
-
-
 def test_an_index_where_no_tensor_stands_is_refused(gru, ids):
     wrong = type("WrongIndex", (type(gru),), {})
     register_sites(wrong, [("embedding", "embedding", "output"), ("gru", "gru", "output", 2)])
