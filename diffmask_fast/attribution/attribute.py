@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from diffmask_fast.attribution.batch import Masked, check_finite, read_batch, say
 from diffmask_fast.attribution.methods import METHODS, Found, method_named
-from diffmask_fast.attribution.over_texts import over_texts
+from diffmask_fast.attribution.over_texts import checked, over_texts
 from diffmask_fast.attribution.result import Attributions
-from diffmask_fast.data import Examples, encode
+from diffmask_fast.data import Examples
 from diffmask_fast.moments import Moments, state_moments
 from diffmask_fast.sites import Patched, Site, sites_of
 
@@ -49,7 +49,7 @@ def attribute(
         `keep` is the size of a score as a share of the largest of its text and site.
 
     Raises:
-        TypeError, ValueError: as `explain`; an unknown method, site or option.
+        TypeError, ValueError: as `explain`; an unknown method, site or option; moments that lack a site.
 
     Example:
         >>> result = attribute(model, ["a fine film"], tokenizer, method="integrated-gradients", sites=["embedding"])
@@ -60,12 +60,12 @@ def attribute(
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"{method} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
-    if not isinstance(texts, Examples):
-        if tokenizer is None:
-            raise TypeError("tokenizer is missing: give the model's tokenizer, or texts as encoded Examples")
-        texts = encode(tokenizer, [texts] if isinstance(texts, str) else texts, model)
+    texts = checked(model, texts, tokenizer)
     chosen = chosen_sites(sites_of(model), sites, method)
     homes = state_moments(model, texts, chosen) if moments is None else moments
+    without = [site for site in chosen if site not in homes]
+    if without:
+        raise ValueError(f"moments has none of the sites {without}: take them at all that are explained: {chosen}")
     device = next(model.parameters()).device
 
     def prepare(patched: Patched, examples: Examples) -> Callable[[list[int]], list[dict[str, Any]]]:

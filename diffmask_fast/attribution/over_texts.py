@@ -38,14 +38,8 @@ def over_texts(
 
     It gives for each example of a batch what `batch.say` returns. All else is as `explain` has it.
     """
-    if not isinstance(texts, Examples):
-        if tokenizer is None:
-            raise TypeError("tokenizer is missing: give the model's tokenizer, or texts as encoded Examples")
-        texts = encode(tokenizer, [texts] if isinstance(texts, str) else texts, model)
-    if not len(texts):
-        raise ValueError("texts is empty: give at least one")
+    texts = checked(model, texts, tokenizer)
     members = whole_texts(texts)
-    refuse_unsupported(model)
     with frozen(model), patch(model) as patched:
         read = prepare(patched, texts)
         rows: dict[int, dict[str, Any]] = {}
@@ -71,3 +65,15 @@ def over_texts(
         masking=masking,
         meta=meta or {},
     )
+
+
+def checked(model: nn.Module, texts: Examples | Sequence[str | tuple[str, str]], tokenizer: Any) -> Examples:
+    """The texts, encoded if they are not yet. Raises as `explain` does for texts and models that can't be explained."""
+    if not isinstance(texts, Examples):
+        if tokenizer is None:
+            raise TypeError("tokenizer is missing: give the model's tokenizer, or texts as encoded Examples")
+        texts = encode(tokenizer, [texts] if isinstance(texts, str) else texts, model)
+    if not len(texts):
+        raise ValueError("texts is empty: give at least one")
+    refuse_unsupported(model)
+    return texts

@@ -49,7 +49,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         with torch.serialization.safe_globals([(type("_Inert", (_Inert,), {}), name) for name in names]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__  # no advice of torch
         raise ValueError(f"{path} is not a checkpoint that can be read without running code ({reason})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, expected a checkpoint: a dictionary with state_dict")

@@ -63,6 +63,13 @@ class WeightNormLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+def two_layers(input_size: int, hidden_size: int, bias: bool) -> nn.Sequential:
+    """Linear - tanh - Linear, weight-normed, with the places that published `state_dict`s have."""
+    return nn.Sequential(
+        WeightNormLinear(input_size, hidden_size), nn.Tanh(), WeightNormLinear(hidden_size, 1, bias=bias)
+    )
+
+
 class MLPGate(nn.Module):
     """Linear - tanh - Linear, weight-normed: a gate logit (..., 1) for what stands side by side in its arguments.
 
@@ -71,9 +78,7 @@ class MLPGate(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True) -> None:
         super().__init__()
-        self.f = nn.Sequential(
-            WeightNormLinear(input_size, hidden_size), nn.Tanh(), WeightNormLinear(hidden_size, 1, bias=bias)
-        )
+        self.f = two_layers(input_size, hidden_size, bias)
         if bias:
             nn.init.constant_(self.head().offset, INITIAL_LOGIT)
 
@@ -104,9 +109,7 @@ class MLPMaxGate(MLPGate):
 
     def __init__(self, input_size: int, hidden_size: int, max_activation: float = 10, bias: bool = True) -> None:
         nn.Module.__init__(self)
-        self.f = nn.Sequential(
-            WeightNormLinear(input_size, hidden_size), nn.Tanh(), WeightNormLinear(hidden_size, 1, bias=bias), nn.Tanh()
-        )
+        self.f = two_layers(input_size, hidden_size, bias).append(nn.Tanh())
         self.bias = nn.Parameter(torch.tensor(INITIAL_LOGIT))
         self.max_activation = max_activation
 

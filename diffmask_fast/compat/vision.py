@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffmask_fast.compat import gates
 from diffmask_fast.compat.distributions import BinaryConcrete, RectifiedStreched, Streched
-from diffmask_fast.compat.gates import MLPGate, Returned, WeightNormLinear
+from diffmask_fast.compat.gates import MLPGate, Returned
 from diffmask_fast.compat.getters import run
 
 __all__ = [
@@ -41,9 +41,7 @@ class MLPMaxGate(MLPGate):
         bias: bool = True,
     ) -> None:
         nn.Module.__init__(self)
-        self.f = nn.Sequential(
-            WeightNormLinear(input_size, hidden_size), nn.Tanh(), WeightNormLinear(hidden_size, 1, bias=bias), nn.Tanh()
-        )
+        self.f = gates.two_layers(input_size, hidden_size, bias).append(nn.Tanh())
         self.add_activation = nn.Parameter(torch.tensor(float(add_activation)))
         self.mul_activation = mul_activation
 

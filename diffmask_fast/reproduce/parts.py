@@ -1,4 +1,4 @@
-"""Stages that several experiments have: the same texts by every method, and how faithful that is."""
+"""What several experiments have: the same texts by every method, how faithful that is, and how both are shown."""
 
 from __future__ import annotations
 
@@ -9,16 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from diffmask_fast.analysis.faithfulness import Faithfulness, Line, faithfulness
-from diffmask_fast.analysis.findings import Finding
+from diffmask_fast.analysis.findings import Finding, faithfulness_findings
 from diffmask_fast.attribution import Attributions
 from diffmask_fast.attribution.attribute import attribute
 from diffmask_fast.attribution.methods import METHODS
 from diffmask_fast.data import Examples
 from diffmask_fast.moments import state_moments
 from diffmask_fast.report.tables import Table
+from diffmask_fast.reproduce.report import Section
+from diffmask_fast.reproduce.stages import Results
 from diffmask_fast.sites import sites_of
 
+# those of `METHODS` that explain any text in the time of an experiment
+BY_TEXT = ("attention", "integrated-gradients", "leave-one-out", "schulz", "guan")
+
 Options = Mapping[str, Mapping[str, Any]]
+
+
+def places(model: Any) -> list[int]:
+    """The sites at which single texts are explained: the embedding, and the input of the middle layer."""
+    return [0, len(sites_of(model)) // 2]
+
+
+def attributions_of(folder: Path, name: str) -> Attributions:
+    """What the run of that name left."""
+    return Attributions.load(folder / "runs" / name / "attributions.safetensors")
 
 
 def by_every_method(
@@ -70,6 +85,18 @@ def faithful(
         there += [probe for probe in probes if probe.masking == "hidden" or site == 0]
         result[names[site]] = asdict(faithfulness(model, examples, there, site=site))
     return result
+
+
+def method_sections(results: Results) -> list[Section]:
+    """The sections of the stages "methods" and "faithfulness"."""
+    curves = {site: read_faithfulness(found) for site, found in results["faithfulness"].items()}
+    explained = next(iter(curves.values())).examples
+    shown = [one for site, found in curves.items() for one in faithfulness_findings(found, f"faithfulness-{site}")]
+    text = "Tokens are masked in each method's order, the least important first."
+    return [
+        Section("Other methods", [], [method_finding(results["methods"], explained, "methods")]),
+        Section("Faithfulness", [text], shown),
+    ]
 
 
 def read_faithfulness(result: Mapping[str, Any]) -> Faithfulness:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffmask_fast import runs
 from diffmask_fast.analysis.analyse import analyse
-from diffmask_fast.analysis.findings import Finding, faithfulness_findings
-from diffmask_fast.attribution import Attributions
+from diffmask_fast.analysis.findings import Finding
+from diffmask_fast.analysis.words import load_tagger
 from diffmask_fast.data import encode
 from diffmask_fast.models import load_for
+from diffmask_fast.probes import MASKINGS
 from diffmask_fast.report import figure
 from diffmask_fast.reproduce.parts import (
+    BY_TEXT,
+    attributions_of,
     by_every_method,
     faithful,
-    method_finding,
+    method_sections,
+    places,
     probe_finding,
-    read_faithfulness,
 )
 from diffmask_fast.reproduce.report import Section, write_report
 from diffmask_fast.reproduce.stages import Results, Stage, run_stages
-from diffmask_fast.sites import sites_of
 from diffmask_fast.tasks import squad
 
-MASKINGS = ("input", "hidden")
-METHODS_HERE = ("attention", "integrated-gradients", "leave-one-out", "schulz", "guan")
 COLUMNS = ("sampled_kl", "sampled_open", "kl", "open", "open_question", "open_passage", "kept_prediction")
 # of questions to train on and to measure on, and of those explained by every method
 SIZES = {False: (None, None, 64), True: (1_200, 120, 12)}
@@ -45,11 +46,18 @@ def run(
         quick: fewer questions of all kinds.
         quiet: no bar.
 
+    Raises:
+        FileNotFoundError, ValueError, ImportError: a file, a model or the tagger that is missing or wrong.
+
     Returns:
         The results of all stages by name.
     """
     config = {"reproduce": "squad", "model": model_path, "train": train, "eval": evaluate, "quick": quick}
-    squad.read_squad(train), squad.squad_answers(evaluate)  # what is wrong with them is said before anything is made
+    # what is wrong or missing is said before anything is made
+    squad.read_squad(train)
+    squad.squad_answers(evaluate)
+    load_for(model_path, "QuestionAnswering")
+    load_tagger()
     folder = runs.begin(out, config, resume=True)
     minutes = {"input": 22, "hidden": 18, "methods": 25, "faithfulness": 8}
     stages = [
@@ -85,25 +93,16 @@ def some(config: dict[str, Any]) -> tuple[Any, Any, int]:
     return model, encode(AutoTokenizer.from_pretrained(config["model"]), pairs, model), len(pairs)
 
 
-def places(model: Any) -> list[int]:
-    """The sites at which single texts are explained: the embedding, and the input of the middle layer."""
-    return [0, len(sites_of(model)) // 2]
-
-
 def others(config: dict[str, Any], folder: Path, _: Results) -> dict[str, Any]:
     model, examples = some(config)[:2]
     home = folder / "attributions"
-    return by_every_method(model, examples, home, METHODS_HERE, places(model), STEPS[config["quick"]])
+    return by_every_method(model, examples, home, BY_TEXT, places(model), STEPS[config["quick"]])
 
 
 def faithfulness_of(config: dict[str, Any], folder: Path, _: Results) -> dict[str, Any]:
     model, examples, count = some(config)
     probes = [attributions_of(folder, masking)[:count] for masking in MASKINGS]
     return faithful(model, examples, folder / "attributions", probes, places(model))
-
-
-def attributions_of(folder: Path, masking: str) -> Attributions:
-    return Attributions.load(folder / "runs" / masking / "attributions.safetensors")
 
 
 def sections(config: dict[str, Any], folder: Path, results: Results) -> list[Section]:
@@ -131,19 +130,10 @@ def sections(config: dict[str, Any], folder: Path, results: Results) -> list[Sec
                 [("All questions", f"runs/{masking}/report.html")],
             )
         )
-    curves = {site: read_faithfulness(found) for site, found in results["faithfulness"].items()}
-    shown = [one for site, found in curves.items() for one in faithfulness_findings(found, f"faithfulness-{site}")]
-    explained = next(iter(curves.values())).examples
-    parts.append(Section("Other methods", [], [method_finding(results["methods"], explained, "methods")]))
-    parts.append(
-        Section("Faithfulness", ["Tokens are masked in each method's order, the least important first."], shown)
-    )
-    return parts
+    return [*parts, *method_sections(results)]
 
 
 def renamed(finding: Finding, end: str) -> Finding:
     """The same in files of another name."""
-    from dataclasses import replace
-
     table = replace(finding.table, name=f"{finding.table.name}-{end}")
     return Finding(table, {f"{name}-{end}": draw for name, draw in finding.figures.items()})

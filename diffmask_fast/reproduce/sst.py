@@ -11,30 +11,30 @@ import torch
 
 from diffmask_fast import runs
 from diffmask_fast.analysis.analyse import analyse
-from diffmask_fast.analysis.findings import Finding, faithfulness_findings, group_finding
+from diffmask_fast.analysis.findings import Finding, group_finding
 from diffmask_fast.analysis.groups import kept_sites
-from diffmask_fast.analysis.words import located, word_labels
+from diffmask_fast.analysis.words import load_tagger, located, word_labels
 from diffmask_fast.attribution import Attributions
 from diffmask_fast.attribution.result import KEPT_ABOVE
 from diffmask_fast.data import Examples, encode
 from diffmask_fast.models import load_for
+from diffmask_fast.probes import MASKINGS
 from diffmask_fast.report import figure
 from diffmask_fast.report.tables import Cell, Table
 from diffmask_fast.reproduce.parts import (
+    BY_TEXT,
+    attributions_of,
     by_every_method,
     faithful,
-    method_finding,
+    method_sections,
+    places,
     probe_finding,
-    read_faithfulness,
 )
 from diffmask_fast.reproduce.report import Section, write_report
 from diffmask_fast.reproduce.stages import Results, Stage, run_stages
-from diffmask_fast.sites import sites_of
 from diffmask_fast.tasks import sst
 from diffmask_fast.tasks.trees import Sentence
 
-MASKINGS = ("input", "hidden")
-METHODS_HERE = ("attention", "integrated-gradients", "leave-one-out", "schulz", "guan")
 SEARCHES = ("erasure", "diffmask-per-example", "reinforce")
 SEARCH_TOLERANCE = 0.1  # nats, as for the probes
 SEARCHED_TO = 12  # tokens, special ones included
@@ -58,11 +58,18 @@ def run(
         quick: fewer sentences and epochs.
         quiet: no bar.
 
+    Raises:
+        FileNotFoundError, ValueError, ImportError: a file, a model or the tagger that is missing or wrong.
+
     Returns:
         The results of all stages by name.
     """
     config = {"reproduce": "sst", "model": model_path, "train": train, "eval": evaluate, "quick": quick}
-    sst.read_sst(train), sst.read_sst(evaluate)  # what is wrong with them is said before anything is made
+    # what is wrong or missing is said before anything is made
+    sst.read_sst(train)
+    sst.read_sst(evaluate)
+    sst.is_fitting(model_path, "encoder", 5)
+    load_tagger()
     folder = runs.begin(out, config, resume=True)
     stages = [
         Stage("encoder", "encoder and its probes", 20, partial(probes, config, folder, "encoder")),
@@ -133,24 +140,15 @@ def some(config: dict[str, Any], folder: Path) -> tuple[Any, Examples, slice]:
     return model, examples, chosen
 
 
-def places(model: Any) -> list[int]:
-    """The sites at which single texts are explained: the embedding, and the input of the middle layer."""
-    return [0, len(sites_of(model)) // 2]
-
-
 def others(config: dict[str, Any], folder: Path, _: Results) -> dict[str, Any]:
     model, examples = some(config, folder)[:2]
-    return by_every_method(model, examples, folder / "attributions", METHODS_HERE, places(model), {})
+    return by_every_method(model, examples, folder / "attributions", BY_TEXT, places(model), {})
 
 
 def faithfulness_of(config: dict[str, Any], folder: Path, _: Results) -> dict[str, Any]:
     model, examples, chosen = some(config, folder)
-    said = [attributions_of(folder, "encoder", masking)[chosen] for masking in MASKINGS]
+    said = [attributions_of(folder, f"encoder/{masking}")[chosen] for masking in MASKINGS]
     return faithful(model, examples, folder / "attributions", said, places(model))
-
-
-def attributions_of(folder: Path, name: str, masking: str) -> Attributions:
-    return Attributions.load(folder / "runs" / name / masking / "attributions.safetensors")
 
 
 def search(config: dict[str, Any], folder: Path, _: Results) -> dict[str, Any]:
@@ -187,7 +185,7 @@ def sections(config: dict[str, Any], folder: Path, results: Results) -> list[Sec
     parts = []
     for architecture in ("encoder", "gru"):
         task = results[architecture]["task"]
-        said = {masking: attributions_of(folder, architecture, masking) for masking in MASKINGS}
+        said = {masking: attributions_of(folder, f"{architecture}/{masking}") for masking in MASKINGS}
         found = []
         for masking, one in said.items():
             title = f"Probe of the {architecture}, {masking} masking, {len(one):,} evaluation sentences"
@@ -204,12 +202,7 @@ def sections(config: dict[str, Any], folder: Path, results: Results) -> list[Sec
         ]
         parts.append(Section(architecture.capitalize(), [words, note], found, captions, pages))
     parts.append(Section("By part of speech and sentiment, and stability", [], analyses(config, folder)))
-    curves = {site: read_faithfulness(found) for site, found in results["faithfulness"].items()}
-    explained = next(iter(curves.values())).examples
-    parts.append(Section("Other methods", [], [method_finding(results["methods"], explained, "methods")]))
-    shown = [one for site, found in curves.items() for one in faithfulness_findings(found, f"faithfulness-{site}")]
-    text = "Tokens are masked in each method's order, the least important first."
-    parts.append(Section("Faithfulness", [text], shown))
+    parts += method_sections(results)
     parts.append(Section("Against exact search", [], [search_finding(results["search"])]))
     return parts
 
@@ -221,7 +214,7 @@ def analyses(config: dict[str, Any], folder: Path) -> list[Finding]:
     tokenizer = AutoTokenizer.from_pretrained(model_of(config, folder, "encoder"))
     sentences = measured_on(config)
     texts = [sentence.text for sentence in sentences]
-    runs_found = [attributions_of(folder, name, "hidden") for name in ("encoder", "encoder-again")]
+    runs_found = [attributions_of(folder, f"{name}/hidden") for name in ("encoder", "encoder-again")]
     found = analyse(runs_found, texts, tokenizer)
     one = runs_found[0]
     names = [[str(label) for label in sentence.word_labels] for sentence in sentences]

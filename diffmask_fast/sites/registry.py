@@ -56,11 +56,6 @@ _ENTRIES: dict[type | str, tuple[Site, ...]] = {
         Site("layer {i}", "encoder.albert_layer_groups.*", "input", times="num_hidden_layers"),
         Site("last", "encoder.albert_layer_groups.-1", "output", times="num_hidden_layers"),
     ),
-    "ModernBertModel": (  # "last" stands before the final norm
-        Site("embedding", "embeddings.tok_embeddings", "output"),
-        Site("layer {i}", "layers.*", "input"),
-        Site("last", "layers.-1", "output"),
-    ),
 }
 
 

@@ -82,6 +82,9 @@ def test_sites_are_chosen_by_name_or_number(classifier: Any, tokenizer: Any) -> 
         ({"sites": ["middle"]}, ValueError, r"can't explain site 'middle'; expected one of 0 \(embedding\)"),
         ({"sites": []}, ValueError, "at least one"),
         ({"steps": 3}, TypeError, "leave-one-out has no option steps; it has none"),
+        ({"moments": {}}, ValueError, r"moments has none of the sites \[0, 1, 2, 3\]"),
+        ({"method": "integrated-gradients", "steps": 0}, ValueError, "steps is 0; expected a whole number"),
+        ({"method": "reinforce", "seed": "a"}, ValueError, "seed is 'a'; expected a whole number"),
         ({"tokenizer": None}, TypeError, "tokenizer is missing"),
     ],
 )

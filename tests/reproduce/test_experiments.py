@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from diffmask_fast.reproduce import squad, sst
+from diffmask_fast.reproduce import parts, squad, sst
 from diffmask_fast.reproduce import toy as toy_experiment
 from diffmask_fast.tasks import sst as sst_task
 from diffmask_fast.tasks import toy
@@ -96,7 +96,7 @@ def test_the_squad_experiment_goes_from_questions_to_a_page(
     monkeypatch.setitem(squad.STEPS, True, few)
     results = squad.run(str(qa_folder), questions, questions, tmp_path / "squad", quick=True, quiet=True)
     assert set(results) == {"input", "hidden", "methods", "faithfulness"}
-    assert set(results["methods"]) == set(squad.METHODS_HERE)
+    assert set(results["methods"]) == set(parts.BY_TEXT)
     no_figure_is_missing(tmp_path / "squad")
     assert squad.run(str(qa_folder), questions, questions, tmp_path / "squad", quick=True, quiet=True) == results
 
@@ -118,7 +118,11 @@ def test_the_sst_experiment_goes_from_an_encoder_to_a_page(
     no_figure_is_missing(tmp_path / "sst")
 
 
-def test_files_that_are_wrong_are_refused_before_anything_is_made(qa_folder: Path, tmp_path: Path) -> None:
+def test_files_that_are_wrong_are_refused_before_anything_is_made(
+    qa_folder: Path, questions: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        squad.run(str(tmp_path / "nowhere"), questions, questions, tmp_path / "out", quiet=True)
     with pytest.raises(FileNotFoundError):
         squad.run(str(qa_folder), "nowhere.json", "nowhere.json", tmp_path / "out", quiet=True)
     with pytest.raises(FileNotFoundError):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmask_fast.attribution.batch import Batch
-from diffmask_fast.attribution.methods import Found
+from diffmask_fast.attribution.methods import Found, checks
 from diffmask_fast.moments import Moments
 
 
@@ -19,7 +19,11 @@ def integrated_gradients(batch: Batch, site: int, home: Moments, steps: int = 50
     Args:
         batch, site, home: what is explained; `home.mean` is the baseline.
         steps: points on the line, Gauss-Legendre quadrature.
+
+    Raises:
+        ValueError: `steps` below 1 or no whole number.
     """
+    checks.whole("steps", steps, 1)
     from captum.attr import IntegratedGradients
 
     state = batch.states[site]

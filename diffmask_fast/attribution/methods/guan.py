@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmask_fast.attribution.batch import Batch, Prediction
-from diffmask_fast.attribution.methods import Found
-from diffmask_fast.attribution.methods.learned import check_above_zero, learned
+from diffmask_fast.attribution.methods import Found, checks
+from diffmask_fast.attribution.methods.learned import learned
 from diffmask_fast.moments import Moments
 from diffmask_fast.predictions import logit_tables
 
@@ -38,7 +38,7 @@ def guan(
     Raises:
         ValueError: an option out of range.
     """
-    check_above_zero("weight", weight)
+    checks.above_zero("weight", weight)
     state = batch.states[site]
     wide = state.to(torch.promote_types(state.dtype, torch.float32))
     unit = home.std.to(wide).square().mean().sqrt().clamp(min=torch.finfo(home.std.dtype).tiny)

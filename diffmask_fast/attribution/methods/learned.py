@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffmask_fast.attribution.batch import Batch
+from diffmask_fast.attribution.methods import checks
 
 
 def learned(
@@ -34,11 +35,7 @@ def learned(
     Raises:
         ValueError: `steps` below 1 or no int, a `rate` that is not above 0, a `seed` that is no int.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; expected a whole number of at least 1")
-    check_above_zero("rate", rate)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ValueError(f"seed is {seed!r}; expected a whole number")
+    checks.learning(steps, rate, seed)
     draw = noise_of(batch, noise_like, seed)
     parameters = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([parameters], lr=rate)
@@ -48,12 +45,6 @@ def learned(
             loss(parameters, draw()).sum().backward()
             optimizer.step()
     return parameters.detach()
-
-
-def check_above_zero(name: str, value: float) -> None:
-    """One clear error for an option that has to be a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} is {value!r}; expected a number above 0")
 
 
 def noise_of(batch: Batch, like: Tensor, seed: int) -> Callable[[], Tensor]:

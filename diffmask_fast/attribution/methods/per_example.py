@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmask_fast.attribution.batch import Batch, Prediction
-from diffmask_fast.attribution.methods import Found
-from diffmask_fast.attribution.methods.learned import check_above_zero, noise_of
+from diffmask_fast.attribution.methods import Found, checks
+from diffmask_fast.attribution.methods.learned import noise_of
 from diffmask_fast.attribution.result import KEPT_ABOVE
 from diffmask_fast.moments import Moments
 from diffmask_fast.ops.reference import hard_concrete, log_open
@@ -122,10 +122,8 @@ def _learned(
 ) -> Found:
     """`draw` (logits, uniforms) gives gates and, where these have no gradient, the log-probability of each; `log_kept`
     is log P(z != 0)."""
-    check_above_zero("tolerance", tolerance)
-    check_above_zero("rate", rate)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; expected a whole number of at least 1")
+    checks.above_zero("tolerance", tolerance)
+    checks.learning(steps, rate, seed)
     state, real = batch.states[site], batch.real
     lengths = real.sum(-1)
     unit = home.std.to(state).clamp(min=torch.finfo(state.dtype).tiny)

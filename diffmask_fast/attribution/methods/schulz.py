@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmask_fast.attribution.batch import Batch
-from diffmask_fast.attribution.methods import Found
-from diffmask_fast.attribution.methods.learned import check_above_zero, learned
+from diffmask_fast.attribution.methods import Found, checks
+from diffmask_fast.attribution.methods.learned import learned
 from diffmask_fast.moments import Moments
 
 OPEN = 5.0  # where alpha starts: sigmoid(5) = 0.993, nearly nothing is replaced
@@ -40,7 +40,7 @@ def schulz(
     Raises:
         ValueError: an option out of range.
     """
-    check_above_zero("beta", beta)
+    checks.above_zero("beta", beta)
     state = batch.states[site]
     wide = state.to(torch.promote_types(state.dtype, torch.float32))
     mean, std = home.mean.to(wide), spread(home).to(wide)
