@@ -103,17 +103,19 @@ class Patched:
         Args:
             inputs: keyword arguments of the model. With `resume` they still make the masks, and the
                 embeddings run.
-            capture: sites whose states are wanted (packed sequences padded, (B, T, H)), as the layers below made them: before a replacement at
-                that site. They keep their graph if gradients are on. No other state is kept.
+            capture: sites whose states are wanted, as the layers below made them: before a replacement at that
+                site. Of packed sequences it is the padded states, (B, T, H). They keep their graph if gradients
+                are on. No other state is kept.
             replace: for each site, a state of the same shape, dtype and device as the one there, or a
                 function from that state to such a one. Gradients flow to it. Under autocast it is cast to the
                 dtype there.
             stop: leave the model as soon as the state of this site is known; the output is None.
             resume: `(site, state)` goes on from that site with that state. The layers of the chain below
-                don't run, except for the first one where that has yet to show how it returns its state, or makes
-                what all of them need (T5's position bias). Nor does the site's own module, once it has run under
-                this handle and was seen to return the state alone (of a layer of the chain, nothing else
-                counts). The state must be like the one entering the chain, if it is above that.
+                don't run, except for the first one where that has yet to show how it returns its state or makes
+                what all of them need (T5's position bias), and all of them where each
+                gives the next more than the state. Nor does
+                the site's own module, once it has run under this handle and was seen to return the state alone. The
+                state must be like the one entering the chain, if it is above that.
 
         Returns:
             `Run(output, states)`.
@@ -235,6 +237,8 @@ class Patched:
                 return None
             state = _entry_of(output, site, site.index)
             new = act(state)
+            if isinstance(module, nn.Embedding):  # CTRL and BLIP go on to change it in place
+                new = new.clone()
             return None if new is state else _with_entry(output, site.index, new)
 
         if site.side == "input":
@@ -272,20 +276,34 @@ class Patched:
         return type(module) if module in self.layers else module
 
     def _learn(self, k: int, plan: _Plan) -> None:
-        """See how the module of site k returns its state."""
+        """See how the module of site k returns its state, and whether the layer above it is given anything else."""
         module, kind, index = self._modules[k], self._kind(k), self._index_in_output(k)
+        layers = self.layers
+        above = layers[layers.index(module) + 1 :][:1] if kind is not module else []
+        returned: list[Any] = []
+
+        def remember(output: Any) -> None:
+            plan.forms[kind] = self._forms[kind] = _emptied(output)
 
         def note(_: nn.Module, __: tuple, output: Any) -> None:
-            if not isinstance(output, Tensor) and type(output) is not tuple:
+            rest = [x for x in _others(output, index) if x is not None]
+            if not isinstance(_part_of(output, index), Tensor):
                 return
-            bare = isinstance(output, Tensor)
-            alone = bare or all(x is None for i, x in enumerate(output) if i != index)
-            if kind is not module and not alone and hands_on(module):
+            if not rest or layers == [module]:
+                remember(output)
+            elif kind is not module and hands_on(module):
                 plan.forms.setdefault(kind, output)
-            elif (kind is not module or alone) and (bare or isinstance(output[index], Tensor)):
-                plan.forms[kind] = self._forms[kind] = None if bare else (None,) * len(output)
+            else:
+                returned[:] = [output]
+
+        def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = [*args, *kwargs.values()]
+            if returned and not any(x is y for x in _others(returned[0], index) if x is not None for y in given):
+                remember(returned[0])
 
         plan.undo.callback(module.register_forward_hook(note).remove)
+        for layer in above:
+            plan.undo.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
 
     def _index_in_output(self, k: int) -> int:
         same = (j for j, site in enumerate(self.sites) if site.side == "output" and self._kind(j) == self._kind(k))
@@ -315,8 +333,7 @@ class Patched:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if next(calls) in skipped and kind in plan.forms:
-                form = plan.forms[kind]
-                return state if form is None else _with_entry(form, index, state)
+                return _with_entry(plan.forms[kind], index, state)
             return whole(*args, **kwargs)
 
         if "forward" in attributes:  # accelerate and others leave one on the instance
@@ -402,21 +419,35 @@ def _name_of_argument(module: nn.Module, args: tuple, index: int) -> str:
 
 
 def _entry_of(values: Any, site: Site, index: int) -> Tensor:
-    parts = values if type(values) is tuple else (values,)
-    entry = parts[index] if index < len(parts) else None
+    entry = _part_of(values, index)
     if isinstance(entry, PackedSequence):
         return pad_packed_sequence(entry, batch_first=True)[0]
     if isinstance(entry, Tensor) and not entry.is_nested:
         return entry
+    parts = values if type(values) in (tuple, list) else (values,)
     got = ", ".join("nested Tensor" if getattr(v, "is_nested", 0) else type(v).__name__ for v in parts) or "nothing"
     remedy = "pass enable_nested_tensor=False to the encoder" if "nested" in got else "register where the state stands"
     raise TypeError(f"site {site}: expected a tensor there, got ({got}): {remedy}")
 
 
+def _part_of(values: Any, index: int) -> Any:
+    if type(values) not in (tuple, list):  # alone, or packed, which is a tuple too
+        return values if index == 0 else None
+    return values[index] if index < len(values) else None
+
+
+def _others(values: Any, index: int) -> list[Any]:
+    return [x for i, x in enumerate(values) if i != index] if type(values) in (tuple, list) else []
+
+
 def _with_entry(values: Any, index: int, new: Any) -> Any:
-    if type(values) is tuple:
-        return (*values[:index], _with_entry(values[index], 0, new), *values[index + 1 :])
+    if type(values) in (tuple, list):
+        return type(values)((*values[:index], _with_entry(values[index], 0, new), *values[index + 1 :]))
     return _packed_like(values, new) if isinstance(values, PackedSequence) else new
+
+
+def _emptied(output: Any) -> Any:
+    return None if isinstance(output, Tensor) else type(output)([None] * len(output))
 
 
 def _packed_like(old: PackedSequence, padded: Tensor) -> PackedSequence:
