@@ -114,7 +114,7 @@ def outputs(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, Mapping):
-        return [t for key, value in result.items() if "past" not in key and "cache" not in key for t in outputs(value)]
+        return [t for key, value in result.items() if not re.search("past|cache|mems", key) for t in outputs(value)]
     return [t for value in result for t in outputs(value)] if isinstance(result, (tuple, list)) else []
 
 
@@ -123,30 +123,51 @@ def same(left: Any, right: Any) -> bool:
     return len(left) == len(right) > 0 and all(map(torch.equal, left, right))
 
 
+def seen(model: nn.Module, inputs: dict[str, Tensor], module: str) -> list[Tensor]:
+    """What a submodule returned first, in each of its calls, by a hook of PyTorch's."""
+    calls: list[Tensor] = []
+    handle = model.get_submodule(module).register_forward_hook(lambda *args: calls.append(outputs(args[-1])[0].clone()))
+    model(**inputs)
+    handle.remove()
+    return calls
+
+
+def in_decoder(module: str) -> bool:
+    return any(part.endswith("decoder") for part in module.split("."))
+
+
 def captures_the_models_own_hidden_states(model: nn.Module, inputs: dict[str, Tensor], part: str = "") -> None:
-    """The last of them may be what the model's final norm made of the state, as in most decoders."""
+    """The last of them may be what the model's end made of the state: its final norm, in most decoders."""
     sites = sites_of(model, part)
+    states = patch(model, part).run(inputs, capture=range(len(sites))).states
+    layers = [states[k] for k, site in enumerate(sites) if site.side == "input"]
+    last = states[len(sites) - 1]
+    assert torch.equal(last, seen(model, inputs, sites[-1].module)[-1]), "the last layer's output differs"
     result = model(**inputs, output_hidden_states=True)
-    side = "decoder" if "decoder" in sites[-1].module.split(".") else "encoder"
+    side = "decoder" if in_decoder(sites[-1].module) else "encoder"
     hidden = next((h for key in (f"{side}_hidden_states", "hidden_states") if (h := result.get(key)) is not None), None)
     assert hidden is not None, "no hidden states to compare with"
-    states = patch(model, part).run(inputs, capture=range(len(sites))).states
-    of_layers = [states[k] for k, site in enumerate(sites) if site.side == "input"]
-    assert len(hidden) == len(of_layers) + 1, f"{len(hidden)} hidden states of {len(of_layers)} layers"
-    different = [i for i, (a, b) in enumerate(zip(of_layers, hidden, strict=False)) if not torch.equal(a, b)]
+    assert len(hidden) == len(layers) + 1, f"{len(hidden)} hidden states of {len(layers)} layers"
+    if all(map(torch.equal, (*layers[1:], last), hidden)):
+        return  # Mamba: what the layers return, and then the last again, normed
+    different = [i for i, (a, b) in enumerate(zip(layers, hidden, strict=False)) if not torch.equal(a, b)]
     assert not different, f"the inputs of layers {different} differ"
-    last, final = states[len(sites) - 1], hidden[-1]
-    ends = [m for m in model.modules() if "norm" in type(m).__name__.lower() and not list(m.children())]
-    normed = [m for m in ends if getattr(m, "weight", last).shape[-1:] == last.shape[-1:]]
-    assert torch.equal(last, final) or any(torch.equal(norm(last), final) for norm in normed), "the last one differs"
+    ends = [norm(last) for norm in final_norms(model, last)]
+    ends += [end for key in ("last_hidden_state", "encoder_last_hidden_state") if (end := result.get(key)) is not None]
+    assert any(torch.equal(end, hidden[-1]) for end in (last, *ends)), "the last one differs"
+
+
+def final_norms(model: nn.Module, state: Tensor) -> list[nn.Module]:
+    norms = [m for m in model.modules() if re.search(r"(Layer|RMS)_?Norm", type(m).__name__, re.IGNORECASE)]
+    weights = [(m, getattr(m, "weight", None)) for m in norms if not list(m.children())]
+    return [m for m, weight in weights if weight is not None and weight.shape == state.shape[-1:]]
 
 
 def captures_the_embedding(model: nn.Module, inputs: dict[str, Tensor], part: str = "") -> None:
     site = sites_of(model, part)[0]
     assert site.name == "embedding", "no embedding"
-    key = "decoder_input_ids" if "decoder" in site.module.split(".") else model.main_input_name
-    key = key if key in inputs else "input_ids"
-    expected = outputs(model.get_submodule(site.module)(inputs[key]))[0]
+    calls = seen(model, inputs, site.module)
+    expected = calls[-1] if in_decoder(site.module) else calls[0]
     assert torch.equal(patch(model, part).run(inputs, capture=(0,)).states[0], expected)
 
 

@@ -35,7 +35,9 @@ def derive(model: nn.Module, whole: nn.Module) -> Derived | None:
     if not stacks:
         return None
     embeddings = _paths_of(model, _input_embedding(model))
-    stack = max(stacks, key=lambda path: max((len(_common(path, e)) for e in embeddings), default=0))
+    stack = max(
+        stacks, key=lambda path: (max((len(_common(path, e)) for e in embeddings), default=0), -path.count("."))
+    )
     # A part that is a model itself knows best: BART's own embedding is never called, that of its encoder is.
     for end in range(stack.count(".") + 1, 0, -1):
         prefix = ".".join(stack.split(".")[:end])

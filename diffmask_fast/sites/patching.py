@@ -6,7 +6,6 @@ Hooks stand only while `Patched.run` runs.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .derive import hands_on
+from .entries import argument_name, emptied, entry, others, state_at, with_entry
 from .registry import Site, expand, listing
 
 Replacement = Tensor | Callable[[Tensor], Tensor]
@@ -116,18 +115,18 @@ class Patched:
         Args:
             inputs: keyword arguments of the model. With `resume` they still make the masks, and the
                 embeddings run.
-            capture: sites whose states are wanted (packed sequences padded, (B, T, H)), as the layers below
-                made them: before a replacement at
-                that site. They keep their graph if gradients are on. No other state is kept.
+            capture: sites whose states are wanted, as the layers below made them: before a replacement at that
+                site. Of packed sequences it is the padded states, (B, T, H). They keep their graph if gradients
+                are on. No other state is kept.
             replace: for each site, a state of the same shape, dtype and device as the one there, or a
                 function from that state to such a one. Gradients flow to it. Under autocast it is cast to the
                 dtype there.
             stop: leave the model as soon as the state of this site is known; the output is None.
             resume: `(site, state)` goes on from that site with that state. The layers of the chain below
-                don't run, except for the first one where that has yet to show how it returns its state, or makes
-                what all of them need (T5's position bias). Nor does the site's own module, once it has run under
-                this handle and was seen to return the state alone (of a layer of the chain, nothing else
-                counts). The state must be like the one entering the chain, if it is above that.
+                don't run, except for the first one where that has yet to show how it returns its state or makes
+                what all of them need (T5's position bias), and except for all where each gives the next more than
+                the state. Nor does the site's own module, once it has run under this handle and was seen to return
+                the state alone. The state must be like the one entering the chain, if it is above that.
             call: what to call with the inputs in place of the model: a function that calls the model once.
 
         Returns:
@@ -237,19 +236,21 @@ class Patched:
         def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
             if not is_meant():
                 return None
-            name = _name_of_argument(module, args, site.index)
-            state = _entry_of((kwargs[name],) if name in kwargs else args, site, 0 if name in kwargs else site.index)
+            name = argument_name(module, args, site.index)
+            state = state_at((kwargs[name],) if name in kwargs else args, site, 0 if name in kwargs else site.index)
             new = act(state)
             if new is state:
                 return None
-            return (args, {**kwargs, name: new}) if name in kwargs else (_with_entry(args, site.index, new), kwargs)
+            return (args, {**kwargs, name: new}) if name in kwargs else (with_entry(args, site.index, new), kwargs)
 
         def after(_: nn.Module, __: tuple, output: Any) -> Any:
             if not is_meant():
                 return None
-            state = _entry_of(output, site, site.index)
+            state = state_at(output, site, site.index)
             new = act(state)
-            return None if new is state else _with_entry(output, site.index, new)
+            if isinstance(module, nn.Embedding):  # CTRL and BLIP go on to change it in place
+                new = new.clone()
+            return None if new is state else with_entry(output, site.index, new)
 
         if site.side == "input":
             plan.undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -286,20 +287,34 @@ class Patched:
         return type(module) if module in self.layers else module
 
     def _learn(self, k: int, plan: _Plan) -> None:
-        """See how the module of site k returns its state."""
+        """See how the module of site k returns its state, and whether the layer above it is given anything else."""
         module, kind, index = self._modules[k], self._kind(k), self._index_in_output(k)
+        layers = self.layers
+        above = layers[layers.index(module) + 1 :][:1] if kind is not module else []
+        returned: list[Any] = []
+
+        def remember(output: Any) -> None:
+            plan.forms[kind] = self._forms[kind] = emptied(output)
 
         def note(_: nn.Module, __: tuple, output: Any) -> None:
-            if not isinstance(output, Tensor) and type(output) is not tuple:
+            rest = [x for x in others(output, index) if x is not None]
+            if not isinstance(entry(output, index), Tensor):
                 return
-            bare = isinstance(output, Tensor)
-            alone = bare or all(x is None for i, x in enumerate(output) if i != index)
-            if kind is not module and not alone and hands_on(module):
+            if not rest or layers == [module]:
+                remember(output)
+            elif kind is not module and hands_on(module):
                 plan.forms.setdefault(kind, output)
-            elif (kind is not module or alone) and (bare or isinstance(output[index], Tensor)):
-                plan.forms[kind] = self._forms[kind] = None if bare else (None,) * len(output)
+            else:
+                returned[:] = [output]
+
+        def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = [*args, *kwargs.values()]
+            if returned and not any(x is y for x in others(returned[0], index) if x is not None for y in given):
+                remember(returned[0])
 
         plan.undo.callback(module.register_forward_hook(note).remove)
+        for layer in above:
+            plan.undo.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
 
     def _index_in_output(self, k: int) -> int:
         same = (j for j, site in enumerate(self.sites) if site.side == "output" and self._kind(j) == self._kind(k))
@@ -329,8 +344,7 @@ class Patched:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if next(calls) in skipped and kind in plan.forms:
-                form = plan.forms[kind]
-                return state if form is None else _with_entry(form, index, state)
+                return with_entry(plan.forms[kind], index, state)
             return whole(*args, **kwargs)
 
         if "forward" in attributes:  # accelerate and others leave one on the instance
@@ -405,40 +419,6 @@ def _enclosing(model: nn.Module, sites: Iterable[Site]) -> list[nn.Module]:
         parts = site.module.split(".")
         paths.update(".".join(parts[:n]) for n in range(1, len(parts) + 1))
     return [model.get_submodule(path) for path in sorted(paths)]
-
-
-def _name_of_argument(module: nn.Module, args: tuple, index: int) -> str:
-    """The name by which an argument was given that isn't among the positional ones."""
-    if index < len(args):
-        return ""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return names[index] if index < len(names) else ""
-
-
-def _entry_of(values: Any, site: Site, index: int) -> Tensor:
-    parts = values if type(values) is tuple else (values,)
-    entry = parts[index] if index < len(parts) else None
-    if isinstance(entry, PackedSequence):
-        return pad_packed_sequence(entry, batch_first=True)[0]
-    if isinstance(entry, Tensor) and not entry.is_nested:
-        return entry
-    got = ", ".join("nested Tensor" if getattr(v, "is_nested", 0) else type(v).__name__ for v in parts) or "nothing"
-    remedy = "pass enable_nested_tensor=False to the encoder" if "nested" in got else "register where the state stands"
-    raise TypeError(f"site {site}: expected a tensor there, got ({got}): {remedy}")
-
-
-def _with_entry(values: Any, index: int, new: Any) -> Any:
-    if type(values) is tuple:
-        return (*values[:index], _with_entry(values[index], 0, new), *values[index + 1 :])
-    return _packed_like(values, new) if isinstance(values, PackedSequence) else new
-
-
-def _packed_like(old: PackedSequence, padded: Tensor) -> PackedSequence:
-    """(B, T, H) states packed in the order in which the old ones are."""
-    _, lengths = pad_packed_sequence(old)
-    order = torch.arange(len(lengths)) if old.sorted_indices is None else old.sorted_indices
-    packed = pack_padded_sequence(padded[order], lengths[order.cpu()], batch_first=True)
-    return PackedSequence(packed.data, old.batch_sizes, old.sorted_indices, old.unsorted_indices)
 
 
 def _fitting(new: Tensor, state: Tensor, k: int) -> Tensor:

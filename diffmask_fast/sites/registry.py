@@ -47,6 +47,11 @@ class Site:
         return f"{self.name}: {self.side} {self.index} of {self.module}{call}"
 
 
+_SPEECH = (
+    Site("embedding", "feature_projection", "output"),
+    Site("layer {i}", "encoder.layers.*", "input"),
+    Site("last", "encoder.layers.-1", "output"),
+)
 # By class, or by class name so that a library need not be imported to have an entry. The rows stand in the
 # order in which the model runs, and each is a cut: what follows sees what precedes through that state alone,
 # masks aside.
@@ -56,6 +61,14 @@ _ENTRIES: dict[type | str, tuple[Site, ...]] = {
         Site("layer {i}", "encoder.albert_layer_groups.*", "input", times="num_hidden_layers"),
         Site("last", "encoder.albert_layer_groups.-1", "output", times="num_hidden_layers"),
     ),
+    # These name no input embedding.
+    "Wav2Vec2Model": _SPEECH,
+    "Wav2Vec2ConformerModel": _SPEECH,
+    "Data2VecAudioModel": _SPEECH,
+    "HubertModel": _SPEECH,
+    "UniSpeechModel": _SPEECH,
+    "UniSpeechSatModel": _SPEECH,
+    "WavLMModel": _SPEECH,
 }
 
 
@@ -182,7 +195,7 @@ def _entry(model_class: type) -> tuple[Site, ...] | None:
     return None
 
 
-def _base(model: nn.Module) -> tuple[str, nn.Module]:
+def _base(model: nn.Module) -> tuple[str, Any]:
     """The path and module of the Hugging Face base model in a model with a head or adapters; else the model itself."""
     adapted = getattr(model, "get_base_model", None)  # of PEFT
     if callable(adapted):

@@ -28,6 +28,20 @@ no bit, a replaced state changes what follows and nothing else, stopping and res
 stays as it was. A model with several stacks of layers is tested with the sites of the one that its inputs feed;
 `patch(model, part)` gives those of another.
 
+A class that isn't here, or does not work, gets an entry of its own:
+
+```python
+from diffmask_fast.sites import patch, register_sites
+
+register_sites(MyModel, [
+    ("embedding", "embedding", "output"),  # name, submodule, side: what stands there is the state
+    ("layer {{i}}", "encoder.layers.*", "input"),  # one site for each child
+    ("last", "encoder.layers.-1", "output"),
+])
+with patch(MyModel()) as patched:
+    output, states = patched.run(inputs, capture=(0, 3))
+```
+
 Of {ran} that could be built and run so, {works} work: {share:.1%}. {rest} others could not: {why}.
 
 | model | sites | first site | works |

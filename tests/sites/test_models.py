@@ -8,6 +8,8 @@ import architectures
 import pytest
 import torch
 
+from diffmask_fast.sites import patch
+
 transformers = pytest.importorskip("transformers")
 
 # Name of the configuration, and the part whose sites they are where it isn't the one that the inputs feed.
@@ -33,8 +35,9 @@ FAMILIES = [
     ("vit", ""),
     ("deit", ""),
     ("wav2vec2", ""),
+    ("hubert", ""),
+    ("wavlm", ""),
 ]
-WITHOUT_EMBEDDING = {"wav2vec2"}
 _made: dict[tuple[str, str], tuple] = {}
 
 
@@ -62,9 +65,28 @@ def family(request):
 
 
 @pytest.mark.parametrize("holds", architectures.PROPERTIES, ids=lambda check: check.__name__)
-def test_of_each_family(tiny, holds, family):
-    if holds is architectures.captures_the_embedding and family[0] in WITHOUT_EMBEDDING:
-        pytest.skip("the model names no embedding: its sites begin with the first layer")
+def test_of_each_family(tiny, holds):
     model, inputs, part = tiny
     with torch.no_grad():
         holds(model, inputs, part)
+
+
+def test_eager_and_sdpa_agree(family):
+    """To float32: states are near 1, sums of a few dozen terms, 3 layers of them."""
+    name, part = family
+    config = architectures.tiny_config(transformers.CONFIG_MAPPING[name]())
+    states = []
+    for attention in ("eager", "sdpa"):
+        torch.manual_seed(0)
+        try:
+            model = transformers.AutoModel.from_config(config, attn_implementation=attention).eval()
+        except ValueError:
+            pytest.skip(f"transformers has no SDPA for {name}")
+        takes = set(inspect.signature(model.forward).parameters)
+        inputs = next(c for c in architectures.candidates(config) if set(c) <= takes and model.main_input_name in c)
+        patched = patch(model, part)
+        with torch.no_grad():
+            states.append(patched.run(inputs, capture=range(len(patched.sites))).states)
+    for k, state in states[0].items():
+        real = inputs["attention_mask"].bool() if state.shape[:2] == (2, 8) and "attention_mask" in inputs else ...
+        torch.testing.assert_close(states[1][k][real], state[real], rtol=0, atol=1e-5 * state.abs().max().item())
