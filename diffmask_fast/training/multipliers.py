@@ -96,5 +96,15 @@ class Control(nn.Module):
         self.integral.clamp_(math.log(SMALLEST), math.log(self.largest))
 
 
+class Shared(Control):
+    """One multiplier for all sites, kept in as many places: the ablation of one per site."""
+
+    def observe(self, divergence: Tensor, sites: Tensor) -> None:
+        """Every site sees the mean over all examples."""
+        everywhere = torch.arange(len(self.integral), device=divergence.device)
+        super().observe(divergence.mean().expand(len(everywhere)), everywhere)
+
+
 def multipliers_for(recipe: Recipe, sites: int) -> Ascent | Control:
-    return Ascent(sites, recipe) if recipe.multiplier == "ascent" else Control(sites, recipe)
+    kinds: dict[str, type[Ascent | Control]] = {"ascent": Ascent, "control": Control, "shared": Shared}
+    return kinds[recipe.multiplier](sites, recipe)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 CHOICES = {
     "draw": ("batch", "example"),
     "credit": ("all", "own"),
-    "multiplier": ("ascent", "control"),
+    "multiplier": ("ascent", "control", "shared"),
     "optimizer": ("adam", "lookahead-rmsprop"),
 }
 POSITIVE = (
@@ -41,7 +41,8 @@ class Recipe:
         credit: "all" lets the sparsity of a site train the gates of all sites that multiply there; "own" lets it
             train that site's own gate only. The KL trains all of them either way.
         multiplier: "ascent" is gradient ascent by the optimiser, clamped; "control" is a proportional-integral
-            controller of the multiplier's logarithm, see `training.multipliers`.
+            controller of the multiplier's logarithm, see `training.multipliers`; "shared" is that with one multiplier
+            for all sites, an ablation.
         initial_multiplier: where the multipliers start.
         multiplier_rate: learning rate of the ascent, or integral gain a draw of the controller.
         largest_multiplier: where they are clamped.

@@ -149,3 +149,12 @@ def test_control_aims_at_the_margins_share_of_the_tolerance() -> None:
     multipliers.average.fill_(0.5)
     torch.testing.assert_close(observe(multipliers, 0.5, 50), torch.full((3,), 2.0))
     assert (before[1:] > multipliers.current()[1:]).all()  # it starts as if the tolerance were just used up
+
+
+def test_a_shared_multiplier_is_one_for_all_sites_and_sees_the_mean_of_all_examples() -> None:
+    shared, one = multipliers_for(replace(CONTROL, multiplier="shared"), 3), multipliers_for(CONTROL, 1)
+    for divergences in ([0.9, 0.1, 3.0], [0.2, 0.4, 0.1]):
+        shared.observe(torch.tensor(divergences), SITES)
+        one.observe(torch.tensor([torch.tensor(divergences).mean()]), torch.zeros(1, dtype=torch.int64))
+    torch.testing.assert_close(shared.current(), one.current().expand(3))
+    assert shared.urgency().unique().numel() == 1
