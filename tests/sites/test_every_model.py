@@ -33,11 +33,14 @@ A class that isn't here, or does not work, gets an entry of its own:
 ```python
 from diffmask_fast.sites import patch, register_sites
 
-register_sites(MyModel, [
-    ("embedding", "embedding", "output"),  # name, submodule, side: what stands there is the state
-    ("layer {{i}}", "encoder.layers.*", "input"),  # one site for each child
-    ("last", "encoder.layers.-1", "output"),
-])
+register_sites(
+    MyModel,
+    [
+        ("embedding", "embedding", "output"),  # name, submodule, side: what stands there is the state
+        ("layer {{i}}", "encoder.layers.*", "input"),  # one site for each child
+        ("last", "encoder.layers.-1", "output"),
+    ],
+)
 with patch(MyModel()) as patched:
     output, states = patched.run(inputs, capture=(0, 3))
 ```
