@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 OLD_TRANSFORMERS := $(VENV)/transformers-4.57
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test squad needs-squad sst needs-sst bench faults models clean
+.PHONY: help setup demo test squad needs-squad sst needs-sst bench faults models wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -79,6 +79,14 @@ faults: $(VENV)/.dev ## kill trainings at random moments and compare what resume
 
 models: $(VENV)/.dev ## try the sites of every architecture of transformers and write docs/models.md
 	$(BIN)/python -m pytest -m models
+
+# With torch alone, in an environment of its own, outside this folder.
+wheel: $(VENV)/.dev ## build the wheel, install it where nothing else is and try it
+	rm -rf dist runs/wheel
+	$(PIP) wheel --quiet --constraint constraints.txt --no-deps --no-build-isolation --wheel-dir dist .
+	$(PYTHON) -m venv runs/wheel
+	runs/wheel/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt dist/*.whl
+	cp tests/smoke.py runs/wheel && cd runs/wheel && bin/python smoke.py
 
 clean: ## remove what was built and trained, and .venv
 	rm -rf $(VENV) build dist runs *.egg-info diffmask_fast/_cpp*.so diffmask_fast/_cuda*.so
