@@ -78,6 +78,7 @@ def bert_setter(
     hidden_states: Sequence[Tensor | None],
     forward_fn: Callable[..., Any] | None = None,
 ) -> tuple[Any, States]:
+    """As `bert_getter`, with these states in place of the model's own where they aren't None."""
     return run(model, inputs_dict, hidden_states, forward_fn)
 
 
@@ -89,6 +90,7 @@ def gru_getter(model: nn.Module, inputs_dict: Mapping[str, Any]) -> tuple[Any, S
 def gru_setter(
     model: nn.Module, inputs_dict: Mapping[str, Any], hidden_states: Sequence[Tensor | None]
 ) -> tuple[Any, States]:
+    """As `gru_getter`, with this state in place of the model's own where it isn't None."""
     return run(model, inputs_dict, hidden_states, rows=GRU_SITES)
 
 

@@ -40,6 +40,7 @@ def sample_z_from_u(u: Tensor, log_alpha: Tensor, temperature: float = TEMPERATU
 
 
 def uniforms(shape: Sequence[int], device: torch.device, eps: float = EPS) -> Tensor:
+    """Uniform numbers in [eps, 1 - eps), float32, from the global generator."""
     return torch.empty(*shape, device=device).uniform_(eps, 1 - eps)
 
 
