@@ -28,6 +28,9 @@ reproduce_app = typer.Typer(
 app.add_typer(reproduce_app, name="reproduce")
 
 Out = Annotated[Path, typer.Option(help="Folder for everything that the run leaves.")]
+Reader = Annotated[str, typer.Option(help="Folder or hub name of a question-answering model.")]
+Questions = Annotated[str, typer.Option(help="SQuAD JSON file or hub data set to train on.")]
+EvalQuestions = Annotated[str, typer.Option("--eval", help="SQuAD JSON file or hub data set to measure on.")]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 
@@ -68,9 +71,9 @@ def train_toy(out: Out, seed: Seed = 0, recipe: RecipeOption = RecipeName.steady
 
 @train_app.command("squad")
 def train_squad(
-    model: Annotated[str, typer.Option(help="Folder or hub name of a question-answering model.")],
-    train: Annotated[str, typer.Option(help="SQuAD JSON file or hub data set to train on.")],
-    evaluate: Annotated[str, typer.Option("--eval", help="SQuAD JSON file or hub data set to measure on.")],
+    model: Reader,
+    train: Questions,
+    evaluate: EvalQuestions,
     out: Out,
     masking: MaskingOption = Masking.input,
     seed: Seed = 0,
@@ -107,9 +110,8 @@ def train_squad(
         checkpoint_layers=checkpoint_layers,
         tokens_per_batch=tokens_per_batch,
     )
-    columns = ("sampled_kl", "sampled_open", "kl", "open", "open_question", "open_passage", "kept_prediction")
-    rows = [(name, *(site[column] for column in columns)) for name, site in metrics["sites"].items()]
-    terminal.table(f"DiffMask, {masking.value} masking, on the evaluation questions", ("site", *columns), rows)
+    rows = [(name, *(site[column] for column in squad.COLUMNS)) for name, site in metrics["sites"].items()]
+    terminal.table(f"DiffMask, {masking.value} masking, on the evaluation questions", ("site", *squad.COLUMNS), rows)
     typer.echo(f"{metrics['seconds']} s; look at {out / 'report.html'}")
 
 
@@ -155,10 +157,9 @@ def train_sst(
         epochs=epochs,
         fine_tune_epochs=fine_tune_epochs,
     )
-    columns = ("sampled_kl", "sampled_open", "kl", "open", "kept_prediction", "accuracy", "macro_f1")
     for name in maskings:
-        rows = [(site, *(row[column] for column in columns)) for site, row in metrics[name]["sites"].items()]
-        terminal.table(f"DiffMask, {name} masking, on the evaluation sentences", ("site", *columns), rows)
+        rows = [(site, *(row[column] for column in sst.COLUMNS)) for site, row in metrics[name]["sites"].items()]
+        terminal.table(f"DiffMask, {name} masking, on the evaluation sentences", ("site", *sst.COLUMNS), rows)
     task, pages = metrics["task"], " and ".join(str(out / name / "report.html") for name in maskings)
     typer.echo(f"classifier: accuracy {task['accuracy']:.4f}, macro F1 {task['macro_f1']:.4f}")
     typer.echo(f"{metrics['seconds']} s; look at {pages}")
@@ -197,9 +198,9 @@ def reproduce_sst(
 
 @reproduce_app.command("squad")
 def reproduce_squad(
-    model: Annotated[str, typer.Option(help="Folder or hub name of a question-answering model.")],
-    train: Annotated[str, typer.Option(help="SQuAD JSON file or hub data set to train on.")],
-    evaluate: Annotated[str, typer.Option("--eval", help="SQuAD JSON file or hub data set to measure on.")],
+    model: Reader,
+    train: Questions,
+    evaluate: EvalQuestions,
     out: Out = Path("runs/reproduce-squad"),
     quick: Quick = False,
 ) -> None:

@@ -28,7 +28,6 @@ from diffmask_fast.reproduce.report import Section, write_report
 from diffmask_fast.reproduce.stages import Results, Stage, run_stages
 from diffmask_fast.tasks import squad
 
-COLUMNS = ("sampled_kl", "sampled_open", "kl", "open", "open_question", "open_passage", "kept_prediction")
 # of questions to train on and to measure on, and of those explained by every method
 SIZES = {False: (None, None, 64), True: (1_200, 120, 12)}
 STEPS = {False: {}, True: {"schulz": {"steps": 30}, "guan": {"steps": 30}, "integrated-gradients": {"steps": 10}}}
@@ -116,7 +115,7 @@ def sections(config: dict[str, Any], folder: Path, results: Results) -> list[Sec
     parts = []
     for masking, said in probes.items():
         title = f"Probe, {masking} masking, {count:,} evaluation questions"
-        found = [probe_finding(results[masking], COLUMNS, f"probe-{masking}", title)]
+        found = [probe_finding(results[masking], squad.COLUMNS, f"probe-{masking}", title)]
         found += [renamed(one, masking) for one in analyse([said], pairs, tokenizer, answers)]
         parts.append(
             Section(

@@ -38,7 +38,6 @@ from diffmask_fast.tasks.trees import Sentence
 SEARCHES = ("erasure", "diffmask-per-example", "reinforce")
 SEARCH_TOLERANCE = 0.1  # nats, as for the probes
 SEARCHED_TO = 12  # tokens, special ones included
-COLUMNS = ("sampled_kl", "sampled_open", "kl", "open", "kept_prediction", "accuracy", "macro_f1")
 # sentences to train on, epochs of fine-tuning and of the probes, sentences explained by every method, and searched
 SIZES: dict[bool, dict[str, Any]] = {
     False: {"limit": None, "fine_tune_epochs": None, "epochs": None, "explained": 200, "searched": 100},
@@ -190,7 +189,7 @@ def sections(config: dict[str, Any], folder: Path, results: Results) -> list[Sec
         for masking, one in said.items():
             title = f"Probe of the {architecture}, {masking} masking, {len(one):,} evaluation sentences"
             name = f"probe-{architecture}-{masking}"
-            found.append(probe_finding(results[architecture][masking], COLUMNS, name, title))
+            found.append(probe_finding(results[architecture][masking], sst.COLUMNS, name, title))
         words = f"The classifier: accuracy {task['accuracy']:.3f}, macro F1 {task['macro_f1']:.3f}."
         note = "sampled: gates drawn as in training; the others: tokens kept whose P(keep) exceeds 0.5."
         captions = {

@@ -22,6 +22,8 @@ from diffmask_fast.probes import save_probe
 from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
 
 RECIPES = {"steady": Recipe(), "published": replace(PUBLISHED, warmup_steps=1200, epochs=1)}
+# what is shown of each site's metrics
+COLUMNS = ("sampled_kl", "sampled_open", "kl", "open", "open_question", "open_passage", "kept_prediction")
 
 
 class Answer(NamedTuple):

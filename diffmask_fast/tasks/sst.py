@@ -32,6 +32,8 @@ from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
 
 ARCHITECTURES = {"encoder": "ForSequenceClassification", "gru": "GRUClassifier"}  # and what names such a class
 
+# what is shown of each site's metrics
+COLUMNS = ("sampled_kl", "sampled_open", "kl", "open", "kept_prediction", "accuracy", "macro_f1")
 RECIPES = {
     "steady": Recipe(tolerance=0.1, epochs=2, batch_size=32),
     "published": replace(PUBLISHED, tolerance=0.1, warmup_steps=1200, epochs=300, batch_size=64),
