@@ -80,6 +80,16 @@ def tiny_bert() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture(scope="module")
+def classifier(tiny_bert: Any) -> Any:
+    return tiny_bert()
+
+
+@pytest.fixture(scope="module")
+def reader(tiny_bert: Any) -> Any:
+    return tiny_bert("ForQuestionAnswering")
+
+
 @pytest.fixture(scope="session")
 def qa_folder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Callable[..., Any], tokenizer: Any) -> Path:
     """The folder of a small question-answering model with random weights."""

@@ -21,16 +21,6 @@ TEXTS = ["a fine film", "the king was in the old river house", "dull", "what is 
 PAIRS = [("who was king", "the old king walked in paris ."), ("what is red", "a red house , a blue bird")]
 
 
-@pytest.fixture(scope="module")
-def classifier(tiny_bert: Any) -> Any:
-    return tiny_bert()
-
-
-@pytest.fixture(scope="module")
-def reader(tiny_bert: Any) -> Any:
-    return tiny_bert("ForQuestionAnswering")
-
-
 def plain(model: Any, examples: Any, keep: list[list[float]], site: int, shares: Any, rationales: Any) -> dict:
     """The same text by text and token by token, for classes."""
     home = state_moments(model, examples, [site])[site].mean
