@@ -101,8 +101,9 @@ class Shared(Control):
 
     def observe(self, divergence: Tensor, sites: Tensor) -> None:
         """Every site sees the mean over all examples."""
-        everywhere = torch.arange(len(self.integral), device=divergence.device)
-        super().observe(divergence.mean().expand(len(everywhere)), everywhere)
+        count = len(self.integral)
+        everywhere = torch.arange(count, device=divergence.device).repeat_interleave(len(divergence))
+        super().observe(divergence.repeat(count), everywhere)
 
 
 def multipliers_for(recipe: Recipe, sites: int) -> Ascent | Control:
