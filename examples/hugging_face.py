@@ -5,11 +5,15 @@ MODEL is the folder or hub name of a model that classifies texts.
 
 import sys
 
+import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from diffmask_fast import attribute
 
-model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+if len(sys.argv) < 3:
+    sys.exit("expected a model and at least one text: hugging_face.py MODEL TEXT...")
+# many are stored in 16 bits, which a CPU is slow with
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 result = attribute(model, sys.argv[2:], tokenizer, method="leave-one-out")
 

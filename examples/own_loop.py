@@ -41,9 +41,8 @@ with patch(model) as patched:
     for step in range(STEPS):
         ids = torch.randint(20, (16, TOKENS))
         original, states = patched.run({"ids": ids}, capture=(0,))
-        mixed, log_open = masked(
-            states[0], logits, torch.tensor([0, step])
-        )  # another draw each step, the same each run
+        seed = torch.tensor([0, step])  # another draw each step, the same in each run
+        mixed, log_open = masked(states[0], logits, seed)
         error = (patched.run({"ids": ids}, replace={0: mixed}).output - original).square().mean()
         loss = 20 * error + log_open.exp().mean()
         optimizer.zero_grad()

@@ -25,11 +25,17 @@ def test_every_example_is_tested() -> None:
     assert all(f'run("{path.name}"' in tested for path in EXAMPLES.glob("*.py"))
 
 
-def test_a_hugging_face_model_in_three_lines(tiny_bert: Any, tokenizer: Any, tmp_path: Path) -> None:
-    tiny_bert().save_pretrained(tmp_path)
+def test_a_hugging_face_model_in_three_lines(classifier: Any, tokenizer: Any, tmp_path: Path) -> None:
+    classifier.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     lines = run("hugging_face.py", str(tmp_path), "a fine film").splitlines()
     assert [line.split()[0] for line in lines] == ["[CLS]", "a", "fine", "film", "[SEP]"]
+
+
+def test_a_hugging_face_model_without_a_text_gets_one_line() -> None:
+    command = [sys.executable, str(EXAMPLES / "hugging_face.py"), "folder"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "MODEL TEXT" in done.stderr
 
 
 def test_published_gates() -> None:
