@@ -57,7 +57,7 @@ def signature(thing: Any) -> str:
 
 def described(title: str, thing: Any, level: int) -> str:
     lines = ["#" * level + f" {title}", "", "```", f"{title}{signature(thing)}", "```"]
-    # a docstring that a class has from its base says nothing of its own
+    # a dataclass without a docstring gets its signature for one
     documentation = inspect.cleandoc(thing.__doc__ or "")
     if documentation and not (inspect.isclass(thing) and documentation.startswith(f"{thing.__name__}(")):
         lines += ["", "```text", documentation, "```"]
