@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffmask_fast.predictions import AtPositions, Classes, Kind, Span, kind_for, predicts_words, require_kind
+
 SPECIAL, FIRST, SECOND = 0, 1, 2  # what `segments` holds, see diffmask_fast.attribution.result
 LARGEST_STRIDE = 128  # tokens, as is usual on SQuAD
 
@@ -58,6 +60,7 @@ class Examples:
         pad_values: padding per argument; 0 for what is not named.
         fixed: arguments that are not per token.
         windows: per example, which part of which text it is; None where every example is a whole text.
+        kind: of the model's prediction; None where its output tells it.
     """
 
     inputs: list[dict[str, Any]]
@@ -67,6 +70,7 @@ class Examples:
     pad_values: Mapping[str, int] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
     windows: list[Window] | None = None
+    kind: Kind | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -80,15 +84,15 @@ class Examples:
 
     def collate(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Examples -> one batch, padded on the right to its longest text, with an `attention_mask` of 1 and 0."""
-        batch = [{"attention_mask": [1] * len(item["input_ids"]), **item} for item in batch]
-        longest = max(len(item["input_ids"]) for item in batch)
+        batch = [item if "attention_mask" in item else _all_real(item) for item in batch]
+        longest = max(len(item["attention_mask"]) for item in batch)
         padded = {}
         for name in batch[0]:
             rows = [item[name] for item in batch]
             if name not in self.fixed:
                 pad = self.pad_values.get(name, 0)
                 rows = [[*row, *[pad] * (longest - len(row))] for row in rows]
-            padded[name] = torch.tensor(rows)
+            padded[name] = torch.stack(rows) if isinstance(rows[0], Tensor) else torch.tensor(rows)
         return padded
 
     def select(self, indices: Sequence[int]) -> Examples:
@@ -102,6 +106,7 @@ class Examples:
             self.pad_values,
             self.fixed,
             None if self.windows is None else [self.windows[i] for i in chosen],
+            self.kind,
         )
 
     def batches(self, size: int) -> list[list[int]]:
@@ -116,7 +121,17 @@ class Examples:
         return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any, stride: int | None = None) -> Examples:
+def _all_real(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attention_mask": [1] * len(item["input_ids"]), **item}
+
+
+def encode(
+    tokenizer: Any,
+    texts: Sequence[str | tuple[str, str]],
+    model: Any,
+    stride: int | None = None,
+    kind: Kind | None = None,
+) -> Examples:
     """Texts, or pairs such as (question, passage), for a Hugging Face model.
 
     Nothing is dropped for being long. A text with more tokens than the model takes becomes overlapping windows: of a
@@ -130,10 +145,14 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any, s
         stride: how many tokens of the part that is cut a window shares with the one before it; by default 128, a
             quarter of what the model takes, or half of what there is room for in a window beside the first part of a
             pair, whichever is least.
+        kind: what the model predicts, see `diffmask_fast.predictions`. By default what a Hugging Face model was made
+            for: classes, spans, numbers (regression) or several labels (by its `problem_type`); classes of all tokens;
+            of a causal language model the token that comes next, of a masked one what stands at the mask tokens.
 
     Raises:
-        TypeError: something that is neither a text nor a pair of texts; a stride that is no int.
-        ValueError: no text, or an empty one, also where the tokenizer drops all that it holds; a stride below 0.
+        TypeError: something that is neither a text nor a pair of texts; a stride that is no int; a `kind` that is none.
+        ValueError: no text, or an empty one, also where the tokenizer drops all that it holds; a stride below 0;
+            a model that does not tell what it predicts; a text without any of the places at which it is asked.
         TooLongError: a text in whose windows there is no room for more than the `stride` tokens that they share, by
             default for a single token, because the first part of the pair takes it.
     """
@@ -148,6 +167,7 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any, s
             raise TypeError(f"text {i}: expected a text or a pair of texts, got {repr(text)[:80]}")
         if not all(part.strip() for part in parts):
             raise ValueError(f"text {i} is empty: leave it out")
+    require_kind(model, kind or (kind := kind_for(model, tokenizer)))
     limit = length_limit(tokenizer, model)
     if stride is not None and (not isinstance(stride, int) or isinstance(stride, bool)):
         raise TypeError(f"stride: expected a number of tokens, got {stride!r}")
@@ -172,24 +192,42 @@ def encode(tokenizer: Any, texts: Sequence[str | tuple[str, str]], model: Any, s
     tokens = [tokenizer.convert_ids_to_tokens(encoding["input_ids"]) for encoding in encodings]
     segments = [window.take(whole_segments[window.text]) for window in windows]
 
+    labels = getattr(getattr(model, "config", None), "id2label", None) or {}
+    words = predicts_words(model)
+
+    def name(number: int) -> str:
+        return repr(tokenizer.decode([number])) if words else str(labels.get(number, number))
+
     def describe(i: int, answer: Sequence[int]) -> str:
-        if len(answer) == 2:
+        if isinstance(kind, Span) or (kind is None and len(answer) == 2):
             text = windows[i].text
             offsets = windows[i].take(encodings[text]["offset_mapping"])
             first, last = (segments[i][token] for token in answer)
             if first != last or first == SPECIAL:
                 return "(no span)"
             return rows[text][first - FIRST][offsets[answer[0]][0] : offsets[answer[1]][1]]
-        return str((getattr(model.config, "id2label", None) or {}).get(answer[0], answer[0]))
+        return (kind or Classes()).words(answer, name)
 
-    return Examples(
+    examples = Examples(
         [{name: window.take(encodings[window.text][name]) for name in names} for window in windows],
         [window.take(tokens[window.text]) for window in windows],
         segments,
         describe,
         {"input_ids": tokenizer.pad_token_id or 0},
         windows=windows if len(windows) > len(texts) else None,
+        kind=kind,
     )
+    if isinstance(kind, AtPositions):
+        _require_places(kind, examples, windows)
+    return examples
+
+
+def _require_places(kind: AtPositions, examples: Examples, windows: list[Window]) -> None:
+    asked = {window.text for i, window in enumerate(windows) if kind.chosen(examples.collate([examples[i]])).any()}
+    without = sorted({window.text for window in windows} - asked)
+    if without:
+        what = f"the token {kind.where}" if isinstance(kind.where, int) else "a place at which the model is asked"
+        raise ValueError(f"text {without[0]} has nowhere {what}: put it there, or leave the text out")
 
 
 def _windows(text: int, parts: list[int | None], limit: int, stride: int | None) -> list[Window]:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from diffmask_fast import runs
 from diffmask_fast.attribution import Attributions
-from diffmask_fast.attribution.batch import Batch, Prediction, check_finite, read_batch, refuse_unsupported
+from diffmask_fast.attribution.batch import Batch, Prediction, check_finite, read_batch
 from diffmask_fast.attribution.windows import whole_texts
 from diffmask_fast.data import Examples
 from diffmask_fast.masking import frozen
 from diffmask_fast.moments import state_moments
+from diffmask_fast.predictions import require_kind
 from diffmask_fast.progress import progress
 from diffmask_fast.report import require_many
 from diffmask_fast.sites import patch, sites_of
@@ -128,7 +129,7 @@ def faithfulness(
     for values, what in ((shares, "shares"), (rationales, "rationales")):
         if not len(values) or not all(0 <= share <= 1 for share in values):
             raise ValueError(f"{what}: expected numbers from 0 to 1, at least one, got {values!r}")
-    refuse_unsupported(model)
+    require_kind(model, examples.kind)
     names = [one.name for one in sites_of(model)]
     number = names.index(site) if site in names else site
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(names):
@@ -237,11 +238,8 @@ def compared(batch: Batch, masked: Prediction) -> Tensor:
     """(B, 3): whether the prediction stays, KL in nats, and by how much the original answer's probability falls."""
     for table in masked.tables:
         check_finite(table, "a masked prediction")
-    answers = batch.answers(batch.original)
-    kept = (batch.answers(masked) == answers).all(-1)
     divergence = batch.divergence(masked).clamp(min=0)
     before, after = (
-        torch.stack([table.gather(1, answers[:, i : i + 1])[:, 0] for i, table in enumerate(prediction.tables)]).sum(0)
-        for prediction in (batch.original, masked)
+        batch.kind.log_probability(prediction.tables, batch.answers) for prediction in (batch.original, masked)
     )
-    return torch.stack([kept, divergence, before.exp() - after.exp()], -1)
+    return torch.stack([batch.keeps(masked), divergence, before.exp() - after.exp()], -1)

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffmask_fast.attribution.result import KEPT_ABOVE
 from diffmask_fast.data import SECOND, SPECIAL, Examples
-from diffmask_fast.predictions import (
-    LogProbabilities,
-    answers,
-    kl_divergence,
-    log_probabilities,
-    prediction_kind,
-    scored_answers,
-)
+from diffmask_fast.predictions import Kind, Tables, kind_of
 from diffmask_fast.sites import Patched
 
 
 class Prediction(NamedTuple):
-    """A model's output, and the same as log-probability tables."""
+    """A model's output, and what its kind reads in it."""
 
     output: Any
-    tables: LogProbabilities
+    tables: Tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +33,7 @@ class Batch:
         inputs: the model's arguments, `attention_mask` (B, T) among them.
         states: the states (B, T, H) at the sites that were asked for.
         original: what the model says about the whole texts.
-        kind: of that prediction, see `predictions.KINDS`.
+        kind: of that prediction.
         allowed: (B, T) bool, where a predicted span has to lie.
         special: (B, T) bool, where the tokenizer's own tokens stand, such as [CLS] and [SEP].
         fixed: the inputs that are not per token.
@@ -49,7 +43,7 @@ class Batch:
     inputs: dict[str, Tensor]
     states: dict[int, Tensor]
     original: Prediction
-    kind: str
+    kind: Kind
     allowed: Tensor
     special: Tensor
     fixed: frozenset[str] = frozenset()
@@ -71,24 +65,36 @@ class Batch:
             rows: (R,) int64, the text of each row: a text may have several, or none. With texts of up to L tokens
                 only, their padding is cut off there: the tables of a span are (R, L).
         """
-        inputs = self.inputs
-        if rows is not None:
-            cut = {name: value[rows] for name, value in inputs.items()}
-            inputs = {name: v if name in self.fixed else v[:, : state.shape[1]] for name, v in cut.items()}
+        inputs = self.inputs_of(rows, state.shape[1])
         output = self.patched.run(inputs, resume=(site, state)).output
-        return Prediction(output, log_probabilities(output, self.kind, inputs["attention_mask"]))
+        return Prediction(output, self.kind.tables(output, inputs))
+
+    def inputs_of(self, rows: Tensor | None, length: int) -> dict[str, Tensor]:
+        """The model's arguments, or those of the texts `rows` with up to `length` tokens."""
+        if rows is None:
+            return self.inputs
+        cut = {name: value[rows] for name, value in self.inputs.items()}
+        return {name: value if name in self.fixed else value[:, :length] for name, value in cut.items()}
 
     def divergence(self, prediction: Prediction, rows: Tensor | None = None) -> Tensor:
-        """(B,) or (R,) KL(original || prediction) in nats."""
+        """(B,) or (R,) in nats: how far the prediction is from the original one, KL(original || prediction)."""
         original = self.original.tables
         if rows is not None:
             original = tuple(p[rows, : q.shape[1]] for p, q in zip(original, prediction.tables, strict=True))
-        return kl_divergence(original, prediction.tables)
+        return self.kind.divergence(original, prediction.tables)
 
-    def answers(self, prediction: Prediction, rows: Tensor | None = None) -> Tensor:
-        """(B, 1 or 2) or (R, 1 or 2): the class, or the span's start and end."""
-        length = prediction.tables[0].shape[1] if self.kind == "span" else None
-        return answers(prediction.tables, self.allowed if rows is None else self.allowed[rows, :length])
+    @cached_property
+    def answers(self) -> Tensor:
+        """(B, A) what the model says about the whole texts."""
+        return self.kind.answers(self.original.tables, self.allowed)
+
+    def keeps(self, prediction: Prediction, rows: Tensor | None = None) -> Tensor:
+        """(B,) or (R,) bool: whether it is the original prediction still."""
+        if rows is None:
+            return self.kind.same(self.kind.answers(prediction.tables, self.allowed), self.answers)
+        allowed = self.allowed[rows, : prediction.tables[0].shape[1]]  # (R, L) for spans, and no other kind looks at it
+        found = self.kind.answers(prediction.tables, allowed)
+        return self.kind.same(found, self.answers[rows, : found.shape[1]])
 
     def mixed(self, site: int, gates: Tensor, baseline: Tensor, rows: Tensor | None = None) -> Tensor:
         """The state at `site` where `gates` (B, T) or (R, L) are 1, the `baseline` (H,) where they are 0."""
@@ -110,8 +116,8 @@ def read_batch(
     output, states = patched.run(inputs, capture=sites)
     for site, state in states.items():
         check_finite(state, f"the model's state at site {site} ({patched.sites[site].name})")
-    kind = prediction_kind(output)
-    tables = log_probabilities(output, kind, inputs["attention_mask"])
+    kind = examples.kind or kind_of(output)
+    tables = kind.tables(output, inputs)
     for table in tables:
         check_finite(table, "the model's prediction")
     segments = [torch.tensor(examples.segments[i]) for i in numbers]
@@ -143,9 +149,14 @@ class Masked(NamedTuple):
 def say(batch: Batch, lengths: list[int], masked: Iterable[Masked]) -> list[dict[str, Any]]:
     """What there is to say about each text: at the S sites of `masked` its `keep` (T, S), `scores` (T, S) or None,
     `details` (S,) each, and `divergence` (S,) of the prediction made with the tokens kept above `KEPT_ABOVE`; and of
-    the original and the S masked predictions what `scored_answers` says: `answers` (1 + S, 1 or 2) and
-    `answer_scores` (1 + S, C or 1)."""
-    said = [scored_answers(batch.original.output, batch.kind, batch.original.tables, batch.allowed)]
+    the original and the S masked predictions, by their `kind`, the `answers` (1 + S, A) and their `answer_scores`
+    (1 + S, ...)."""
+
+    def answered(prediction: Prediction) -> tuple[Tensor, Tensor]:
+        found = batch.kind.answers(prediction.tables, batch.allowed)
+        return found, batch.kind.scores(prediction.output, prediction.tables, found)
+
+    said = [answered(batch.original)]
     sites, divergences = [], []
     for one in masked:
         gates = (one.keep > KEPT_ABOVE).float()
@@ -153,7 +164,7 @@ def say(batch: Batch, lengths: list[int], masked: Iterable[Masked]) -> list[dict
         for table in prediction.tables:
             check_finite(table, f"the masked prediction of site {one.target} ({batch.patched.sites[one.target].name})")
         divergences.append(batch.divergence(prediction).clamp(min=0))
-        said.append(scored_answers(prediction.output, batch.kind, prediction.tables, batch.allowed))
+        said.append(answered(prediction))
         sites.append(one)
     keep, divergence = stacked([one.keep for one in sites]), stacked(divergences)
     scores = [one.scores for one in sites if one.scores is not None]
@@ -166,6 +177,7 @@ def say(batch: Batch, lengths: list[int], masked: Iterable[Masked]) -> list[dict
             "scores": None if given is None else given[row, :length],
             "details": {name: values[row] for name, values in details.items()},
             "divergence": divergence[row],
+            "kind": batch.kind,
             "answers": found[row],
             "answer_scores": answer_scores[row],
         }
@@ -184,10 +196,3 @@ def check_finite(value: Tensor, what: str) -> None:
         raise ValueError(
             f"{what} holds NaN or infinity: the model's weights or inputs are broken, nothing can be explained"
         )
-
-
-def refuse_unsupported(model: nn.Module) -> None:
-    """Refuse heads whose logits are no probabilities of one class, which nothing in their output tells."""
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
-        raise ValueError(f"the model's problem_type is {problem!r}: only single-label predictions can be compared yet")

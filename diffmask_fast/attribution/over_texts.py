@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from diffmask_fast import processes
-from diffmask_fast.attribution.batch import refuse_unsupported
 from diffmask_fast.attribution.result import Attributions
 from diffmask_fast.attribution.windows import merge, whole_texts
 from diffmask_fast.data import Examples, encode
 from diffmask_fast.masking import frozen
+from diffmask_fast.predictions import require_kind
 from diffmask_fast.progress import progress
 from diffmask_fast.sites import Patched, patch
 
@@ -75,5 +75,5 @@ def checked(model: nn.Module, texts: Examples | Sequence[str | tuple[str, str]],
         texts = encode(tokenizer, [texts] if isinstance(texts, str) else texts, model)
     if not len(texts):
         raise ValueError("texts is empty: give at least one")
-    refuse_unsupported(model)
+    require_kind(model, texts.kind)
     return texts

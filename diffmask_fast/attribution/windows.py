@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmask_fast.data import Examples, Window
+from diffmask_fast.predictions import AtPositions, Span
 
 
 def whole_texts(examples: Examples) -> list[list[int]]:
@@ -65,7 +66,7 @@ def merge(examples: Examples, numbers: list[int], rows: list[dict[str, Any]]) ->
         "divergence": torch.stack([row["divergence"] for row in rows]).mean(0),
         "original": words[0],
         "masked": words[1:],
-        "kept_prediction": torch.tensor([answer == answers[0] for answer in answers[1:]]),
+        "kept_prediction": rows[0]["kind"].same(answers[1:], answers[:1]),
     }
 
 
@@ -86,33 +87,64 @@ def merge_keep(windows: list[Window], keeps: list[Tensor]) -> Tensor:
     scarcer side, the earlier one where two have as many. What stands in every window has the largest of its values.
     """
     merged = keeps[0].new_zeros(windows[0].length, keeps[0].shape[1])
-    most = torch.full((windows[0].length,), -1)  # tokens on the scarcer side, so far
-    for window, keep in zip(windows, keeps, strict=True):
+    owners, (cut, *_) = owners_of(windows), (window.cut for window in windows)
+    for number, (window, keep) in enumerate(zip(windows, keeps, strict=True)):
         at = torch.tensor(window.positions)
-        context = torch.minimum(at - window.piece.start, window.piece.stop - 1 - at)  # < 0 in front and behind
-        chosen = torch.where((context > most[at])[:, None], keep, merged[at])
-        merged[at] = torch.where((context >= 0)[:, None], chosen, torch.maximum(merged[at], keep))
-        most[at] = torch.maximum(most[at], context)
+        shared_out = (at >= cut.start) & (at < cut.stop)
+        chosen = torch.where((owners[at] == number)[:, None], keep, merged[at])
+        merged[at] = torch.where(shared_out[:, None], chosen, torch.maximum(merged[at], keep))
     return merged
+
+
+def owners_of(windows: list[Window]) -> Tensor:
+    """(T,) for each token of the whole text the number of the window in which it has the most tokens of the part that
+    was cut on its scarcer side, the earlier one of two alike; 0 for what stands in every window."""
+    owners = torch.zeros(windows[0].length, dtype=torch.int64)
+    most = torch.full((windows[0].length,), -1)  # tokens on the scarcer side, so far
+    for number, window in enumerate(windows):
+        at = torch.arange(window.piece.start, window.piece.stop)
+        context = torch.minimum(at - window.piece.start, window.piece.stop - 1 - at)
+        better = at[context > most[at]]
+        owners[better], most[at] = number, torch.maximum(most[at], context)
+    return owners
 
 
 def merge_answers(
     examples: Examples, numbers: list[int], windows: list[Window], rows: list[dict[str, Any]]
-) -> tuple[list[tuple[int, ...]], list[str]]:
-    """The text's answers, the original one and then one per site, and the same in words.
+) -> tuple[Tensor, list[str]]:
+    """The text's answers (1 + S, A), the original one and then one per site, and the same in words.
 
     A span is that of the window that gives its own best span the highest score (the earlier one of two alike), and
-    numbered as the whole text's tokens are. A class is the one with the highest mean probability over the windows.
+    numbered as the whole text's tokens are. What is said at a place is said by the window that the place's P(keep)
+    comes from, or by the first of all if it stands in every window. Others follow from the scores, see
+    `Kind.of_windows`: a class is the one with the highest mean probability over the windows.
     """
-    scores = torch.stack([row["answer_scores"] for row in rows])  # (windows, 1 + S, C or 1)
-    found: list[tuple[int, ...]] = []
-    words = []
-    if rows[0]["answers"].shape[-1] == 1:
-        # log of the sum, which of one window is that window's own log-probability, exactly
-        found = [(answer,) for answer in scores.logsumexp(0).argmax(-1).tolist()]
-        return found, [examples.describe(numbers[0], answer) for answer in found]
+    kind, found = rows[0]["kind"], [row["answers"] for row in rows]
+    if isinstance(kind, AtPositions):
+        answers = _at_positions(kind, examples, numbers, windows, found)
+        return answers, [examples.describe(numbers[0], answer) for answer in answers.tolist()]
+    scores = torch.stack([row["answer_scores"] for row in rows])  # (windows, 1 + S, ...)
+    if not isinstance(kind, Span):
+        answers = kind.of_windows(scores)
+        return answers, [examples.describe(numbers[0], answer) for answer in answers.tolist()]
+    spans, words = [], []
     for prediction, best in enumerate(scores.squeeze(-1).argmax(0).tolist()):
-        span, positions = rows[best]["answers"][prediction].tolist(), windows[best].positions
-        found.append(tuple(positions[token] for token in span))
+        span, positions = found[best][prediction].tolist(), windows[best].positions
+        spans.append([positions[token] for token in span])
         words.append(examples.describe(numbers[best], span))
-    return found, words
+    return torch.tensor(spans), words
+
+
+def _at_positions(
+    kind: AtPositions, examples: Examples, numbers: list[int], windows: list[Window], found: list[Tensor]
+) -> Tensor:
+    """(1 + S, P) the answers at the places of a whole text, in their order."""
+    owners = owners_of(windows)
+    at: dict[int, Tensor] = {}
+    for number, (i, window, answers) in enumerate(zip(numbers, windows, found, strict=True)):
+        places = kind.chosen(examples.collate([examples[i]]))[0].nonzero()[:, 0].tolist()
+        positions = window.positions
+        for place, said in zip(places, answers.unbind(1), strict=False):  # behind the last place there is padding
+            if owners[positions[place]] == number:
+                at[positions[place]] = said
+    return torch.stack([at[position] for position in sorted(at)], 1)

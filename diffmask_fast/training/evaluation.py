@@ -50,11 +50,10 @@ def sampled_metrics(
         for i, numbers, drawn in progress(processes.share(batches) if shared else batches, "evaluate", show_progress):
             totals[i] = torch.zeros(probe.num_sites, 3, dtype=torch.float64)
             batch = read_batch(patched, examples, numbers, range(probe.num_sites), next(probe.parameters()).device)
-            predicted = batch.answers(batch.original)
             for site, gates in enumerate(_draw(probe, batch.states, drawn.to(batch.real.device))):
                 target = probe.target(site)
                 masked = batch.predict(target, batch.mixed(target, gates, probe.baseline(site)))
-                kept = (batch.answers(masked) == predicted).all(-1)
+                kept = batch.keeps(masked)
                 opened = ((gates != 0) * batch.real).sum(-1) / batch.real.sum(-1)
                 rows = torch.stack([batch.divergence(masked), opened, kept.float()])
                 totals[i][site] = rows.double().sum(-1).cpu()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffmask_fast import processes
 from diffmask_fast.ops import draw_seed, gate_mix
 from diffmask_fast.ops.reference import log_open
-from diffmask_fast.predictions import kl_divergence, log_probabilities, prediction_kind
+from diffmask_fast.predictions import Kind, kind_of
 from diffmask_fast.probes import Probe
 from diffmask_fast.sites import Patched
 from diffmask_fast.training.multipliers import multipliers_for
@@ -38,6 +38,7 @@ class Objective(nn.Module):
         recipe: how.
         remembered: the original predictions, by example; without it each step computes those that it needs.
         together: the model's weights are shared out among the processes, so that all run the same layers in each step.
+        kind: of the prediction; by default its output tells it.
 
     Forward takes the model's inputs, `attention_mask` (B, T) among them, and, with `remembered`, `example` (B,), the
     examples' numbers. It returns `{"loss": scalar}`. Draws come from PyTorch's global generator, so that a trainer that
@@ -55,6 +56,7 @@ class Objective(nn.Module):
         recipe: Recipe,
         remembered: RememberedPredictions | None = None,
         together: bool = False,
+        kind: Kind | None = None,
     ) -> None:
         super().__init__()
         self.patched = patched
@@ -62,6 +64,7 @@ class Objective(nn.Module):
         self.recipe = recipe
         self.remembered = remembered
         self.together = together
+        self.kind = kind
         self.multipliers = multipliers_for(recipe, probe.num_sites)
         self.statistics = Statistics(probe.num_sites)
         self.pull = recipe.pull
@@ -76,14 +79,15 @@ class Objective(nn.Module):
             original = None
         output, states = self.clean_pass(inputs, sites, original is None)
         if original is None:
-            original = log_probabilities(output, prediction_kind(output), real)
-            check_finite(torch.cat(original))
+            original = (self.kind or kind_of(output)).tables(output, inputs)
+            for table in original:
+                check_finite(table)
             if remembered is not None:
                 remembered.put(examples.tolist(), original)
         masked_output, gates, sparsity = self.masked_pass(inputs, states, sites)
         original = tuple(table.to(real.device) for table in original)
-        masked = log_probabilities(masked_output, prediction_kind(masked_output), real)
-        divergence = kl_divergence(original, masked)
+        kind = self.kind or kind_of(masked_output)
+        divergence = kind.divergence(original, kind.tables(masked_output, inputs))
         sparsity = (sparsity * real).sum(-1) / real.sum(-1)
         loss = self.multipliers.penalised(sparsity, divergence, sites).mean()
         check_finite(loss)

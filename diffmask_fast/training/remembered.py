@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmask_fast.data import Examples
-from diffmask_fast.predictions import PADDING, LogProbabilities, log_probabilities, prediction_kind
+from diffmask_fast.predictions import PADDING, Tables, kind_of
 from diffmask_fast.runs import versions
 from diffmask_fast.sites import Patched
 
@@ -26,7 +26,7 @@ _FORMAT = 1
 
 
 class RememberedPredictions:
-    """Log-probability tables of N examples in one file, `predictions-<fingerprint>.bin`.
+    """The tables of N examples' predictions in one file, `predictions-<fingerprint>.bin`.
 
     A row counts as known when its checksum is right, so what was torn by a crash or damaged later is computed again.
     Processes of one machine may share the file: each writes what it computed, and the checksum last. The file is made
@@ -36,8 +36,9 @@ class RememberedPredictions:
     Args:
         folder: where the file is, or will be.
         fingerprint: of the model and the texts, see the function of that name.
-        sizes: per example, the sizes of its tables, the same number of tables for all.
+        sizes: per example, how many numbers each of its tables holds; the same number of tables for all.
         dtype: of the tables.
+        classes: C of tables (B, P, C); None where tables are (B, C).
 
     Raises:
         OSError: there is no room for the file.
@@ -49,8 +50,10 @@ class RememberedPredictions:
         fingerprint: str,
         sizes: Sequence[tuple[int, ...]],
         dtype: torch.dtype = torch.float32,
+        classes: int | None = None,
     ) -> None:
         self.sizes = list(sizes)
+        self.classes = classes
         ends = torch.tensor([0, *(sum(row) for row in sizes)]).cumsum(0).tolist()
         self._rows = [slice(start, end) for start, end in itertools.pairwise(ends)]
         checksums = 8 * len(self.sizes)
@@ -79,19 +82,18 @@ class RememberedPredictions:
         finally:
             os.close(descriptor)
 
-    def get(self, examples: Sequence[int]) -> LogProbabilities | None:
+    def get(self, examples: Sequence[int]) -> Tables | None:
         """The tables of these examples, padded to the longest of them, or None if one is not known."""
         rows = [self._values[self._rows[i]] for i in examples]
         if any(_checksum(row) != self._checksums[i].item() for row, i in zip(rows, examples, strict=True)):
             return None
         tables = zip(*(row.split(self.sizes[i]) for row, i in zip(rows, examples, strict=True)), strict=True)
-        return tuple(
-            torch.nn.utils.rnn.pad_sequence(list(table), batch_first=True, padding_value=PADDING) for table in tables
-        )
+        padded = (torch.nn.utils.rnn.pad_sequence(list(t), batch_first=True, padding_value=PADDING) for t in tables)
+        return tuple(table if self.classes is None else table.unflatten(1, (-1, self.classes)) for table in padded)
 
-    def put(self, examples: Sequence[int], tables: LogProbabilities) -> None:
+    def put(self, examples: Sequence[int], tables: Tables) -> None:
         """Remember the tables of these examples."""
-        on_cpu = [table.detach().cpu() for table in tables]
+        on_cpu = [table.detach().flatten(1).cpu() for table in tables]
         for row, i in enumerate(examples):
             parts = [table[row, :size] for table, size in zip(on_cpu, self.sizes[i], strict=True)]
             value = torch.cat(parts).to(self._values.dtype)
@@ -105,21 +107,28 @@ def _checksum(row: Tensor) -> int:
 
 def remembered_for(
     patched: Patched, model: nn.Module, examples: Examples, folder: str | os.PathLike[str]
-) -> RememberedPredictions:
-    """The remembered predictions of a frozen model, in the dtype that it will run in, for these examples."""
+) -> RememberedPredictions | None:
+    """The remembered predictions of a frozen model, in the dtype that it will run in, for these examples; None for a
+    kind of prediction that can't be."""
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in examples.collate([examples[0]]).items()}
     with torch.no_grad():
         output = patched.run(inputs).output
-    kind = prediction_kind(output)
-    tables = log_probabilities(output, kind, inputs["attention_mask"])
-    fixed = tuple(table.shape[-1] for table in tables)
-    sizes = [(length,) * len(tables) if kind == "span" else fixed for length in examples.lengths]
-    return RememberedPredictions(folder, fingerprint(model, examples), sizes, tables[0].dtype)
+    kind = examples.kind or kind_of(output)
+    tables = kind.tables(output, inputs)
+    sizes = []
+    for i in range(len(examples)):
+        row = kind.row_sizes(tables, examples.collate([examples[i]]))
+        if row is None:
+            return None
+        sizes.append(row)
+    classes = tables[0].shape[2] if tables[0].dim() == 3 else None
+    return RememberedPredictions(folder, fingerprint(model, examples), sizes, tables[0].dtype, classes)
 
 
 def fingerprint(model: nn.Module, examples: Examples) -> str:
-    """16 hexadecimal digits of the model's weights and configuration, the encoded texts and the packages' versions."""
+    """16 hexadecimal digits of the model's weights and configuration, the encoded texts, the kind of prediction and the
+    packages' versions."""
     digest = hashlib.blake2b(digest_size=8)
     config = getattr(model, "config", None)
     described = {
@@ -128,6 +137,7 @@ def fingerprint(model: nn.Module, examples: Examples) -> str:
         "config": config.to_dict() if config is not None else {},
         "attention": getattr(config, "_attn_implementation", None),
         "versions": versions(),
+        "kind": repr(examples.kind),
     }
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
@@ -137,5 +147,6 @@ def fingerprint(model: nn.Module, examples: Examples) -> str:
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     for item in examples.inputs:
-        digest.update(json.dumps(item, sort_keys=True).encode())
+        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in item.items()}
+        digest.update(json.dumps(plain, sort_keys=True).encode())
     return digest.hexdigest()

@@ -17,10 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from diffmask_fast import processes
-from diffmask_fast.attribution.batch import refuse_unsupported
 from diffmask_fast.data import Examples
 from diffmask_fast.masking import frozen
 from diffmask_fast.moments import state_moments
+from diffmask_fast.predictions import require_kind
 from diffmask_fast.probes import Probe
 from diffmask_fast.runs import read_json, write_json
 from diffmask_fast.sites import Patched, patch
@@ -254,7 +254,7 @@ def train_probe(
         disable_tqdm=quiet,
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
-    refuse_unsupported(model)
+    require_kind(model, examples.kind)
     if args.n_gpu > 1:
         args._n_gpu = 1  # more than one take `torchrun`: threads in one process would share the model's hooks
     model.to(args.device)
@@ -265,14 +265,14 @@ def train_probe(
         stack.enter_context(running_in(model, dtype, longest))
         patched = stack.enter_context(patch(model))
         remembered = remembered_for(patched, model, examples, predictions or output_dir)
-        if not quiet and args.process_index == 0:
+        if remembered is not None and not quiet and args.process_index == 0:
             print(f"original predictions are remembered in {remembered.path} ({remembered.nbytes / 1e6:.1f} MB)")
         if compile:
             stack.enter_context(compiled(patched.layers))
         if checkpoint_layers:
             refuse_inner_sites(model, patched)
             stack.enter_context(checkpointed(patched.layers))
-        objective = Objective(patched, probe, recipe, remembered, together=sharded)
+        objective = Objective(patched, probe, recipe, remembered, together=sharded, kind=examples.kind)
         trainer = ProbeTrainer(objective, examples, args, tokens_per_batch)
         if quiet:
             from transformers import PrinterCallback

@@ -65,7 +65,7 @@ def test_a_text_may_have_several_rows(model: Any, examples: Examples) -> None:
             one = alone.predict(0, alone.mixed(0, gates[place : place + 1, :length], torch.zeros(16)))
             # two layers of some ten sums each of at most 32 terms, on values near one
             torch.testing.assert_close(several.tables[0][place], one.tables[0][0], rtol=0, atol=1e-5)
-            assert torch.equal(batch.answers(several, rows)[place], alone.answers(one)[0])
+            assert batch.keeps(several, rows)[place] == alone.keeps(one)[0]
 
 
 def test_gradients_reach_the_gates_and_the_baseline(model: Any, examples: Examples) -> None:
@@ -103,6 +103,7 @@ def test_a_cut_span_is_compared_with_the_original_one(tiny_bert: Any, examples: 
         batch = read_batch(patched, passage, [0, 1], [0], torch.device("cpu"))
         cut = batch.predict(0, batch.mixed(0, torch.ones(2, 4), torch.zeros(16), rows), rows)
     assert cut.tables[0].shape == (2, 4)
-    assert torch.equal(batch.answers(cut, rows), batch.answers(batch.original)[rows])
+    assert torch.equal(batch.kind.answers(cut.tables, batch.allowed[rows, :4]), batch.answers[rows])
+    assert batch.keeps(cut, rows).all()
     torch.testing.assert_close(batch.divergence(cut, rows), torch.zeros(2), rtol=0, atol=1e-5)
     assert batch.special.tolist() == [[True] + [False] * 5] * 2

@@ -14,7 +14,7 @@ from diffmask_fast.attribution.explain import explain, explain_batch
 from diffmask_fast.attribution.windows import merge, merge_keep, merge_scores, whole_texts
 from diffmask_fast.data import Examples, Window, encode
 from diffmask_fast.masking import frozen
-from diffmask_fast.predictions import LONGEST_SPAN
+from diffmask_fast.predictions import LONGEST_SPAN, Classes, Kind, Span
 from diffmask_fast.sites import patch
 
 STORY = (
@@ -93,7 +93,9 @@ def test_scores_of_two_windows_worked_by_hand() -> None:
     assert torch.equal(merge_scores(windows, rows[:1]), first)
 
 
-def rows_of(scores: list[list[list[float]]], answers: list[list[list[int]]], lengths: list[int]) -> list[dict]:
+def rows_of(
+    kind: Kind, scores: list[list[list[float]]], answers: list[list[list[int]]], lengths: list[int]
+) -> list[dict]:
     """One row for each window, with a score and an answer for the original prediction and each site's."""
     return [
         {
@@ -101,6 +103,7 @@ def rows_of(scores: list[list[list[float]]], answers: list[list[list[int]]], len
             "divergence": torch.arange(len(score) - 1) + 1.0 + 10 * i,
             "scores": None,
             "details": {"forwards": torch.arange(len(score) - 1) + 4.0 * i},
+            "kind": kind,
             "answer_scores": torch.tensor(score),
             "answers": torch.tensor(answer),
         }
@@ -127,6 +130,7 @@ def test_a_span_is_that_of_the_window_with_the_highest_score_and_numbered_as_in_
         [0, 1, 6, 7, 8, 9, 10, 11],
     ]
     rows = rows_of(
+        Span(),
         # the original, and three sites: the same span of another window, another span, two windows alike
         [[[1.0], [5.0], [0.0], [4.0]], [[3.0], [2.0], [1.0], [4.0]], [[2.0], [3.0], [7.0], [0.0]]],
         [[[2, 2], [4, 5], [2, 2], [5, 6]], [[2, 3], [2, 2], [2, 2], [2, 3]], [[2, 2], [2, 2], [5, 6], [2, 2]]],
@@ -145,8 +149,8 @@ def test_a_class_has_the_highest_mean_probability_over_the_windows() -> None:
     # two windows lean to class 0, by a little; one is sure of class 1
     original = [[0.55, 0.45], [0.55, 0.45], [0.05, 0.95]]
     masked = [[0.6, 0.4], [0.9, 0.1], [0.2, 0.8]]
-    scores = torch.tensor([original, masked]).transpose(0, 1).log().tolist()
-    text = merge(three_windows(), [0, 1, 2], rows_of(scores, [[[0], [0]]] * 3, [8, 8, 8]))
+    scores = torch.tensor([original, masked]).transpose(0, 1).unsqueeze(2).log().tolist()
+    text = merge(three_windows(), [0, 1, 2], rows_of(Classes(), scores, [[[0], [0]]] * 3, [8, 8, 8]))
     assert (text["original"], text["masked"]) == ("0:1", ["0:0"])
     assert text["kept_prediction"].tolist() == [False]
 

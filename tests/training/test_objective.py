@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffmask_fast.masking import frozen
 from diffmask_fast.ops import backends, draw_seed, gate_mix, uniforms
 from diffmask_fast.ops.reference import log_open
-from diffmask_fast.predictions import prediction_kind
+from diffmask_fast.predictions import Span, kind_of
 from diffmask_fast.probes import Probe
 from diffmask_fast.sites import patch
 from diffmask_fast.training import objective as module
@@ -103,8 +103,8 @@ def call(request: pytest.FixtureRequest, tmp_path: Any) -> Any:
             return objective(**inputs)["loss"]
         lengths = dict(zip(EXAMPLES.tolist(), inputs["attention_mask"].sum(-1).tolist(), strict=True))
         with torch.no_grad():
-            kind = prediction_kind(objective.patched.run(inputs).output)
-        sizes = [(lengths.get(i, 3),) * 2 if kind == "span" else (CLASSES,) for i in range(5)]
+            kind = kind_of(objective.patched.run(inputs).output)
+        sizes = [(lengths.get(i, 3),) * 2 if kind == Span() else (CLASSES,) for i in range(5)]
         objective.remembered = RememberedPredictions(tmp_path, "test", sizes, torch.float64)
         state = torch.get_rng_state()
         objective(**inputs, example=EXAMPLES)

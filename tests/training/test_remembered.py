@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from diffmask_fast.data import Examples
 from diffmask_fast.masking import frozen
-from diffmask_fast.predictions import kl_divergence, log_probabilities
+from diffmask_fast.predictions import Classes, Span
 from diffmask_fast.sites import patch
 from diffmask_fast.training import remembered as module
 from diffmask_fast.training.remembered import RememberedPredictions, fingerprint, remembered_for
@@ -40,7 +40,7 @@ def test_what_was_put_is_what_one_gets_in_any_batch(tmp_path: Path) -> None:
         for ours, expected in zip(got, tables(*rows), strict=True):
             torch.testing.assert_close(ours, expected, rtol=0, atol=0)
         masked = tuple(torch.log_softmax(t, -1) for t in torch.randn(2, *got[0].shape))
-        assert torch.equal(kl_divergence(got, masked), kl_divergence(tables(*rows), masked))
+        assert torch.equal(Span().divergence(got, masked), Span().divergence(tables(*rows), masked))
 
 
 def test_another_run_finds_them_and_two_may_share_the_file(tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_for_a_model_they_are_its_predictions(head: str, tiny_bert: Any, example
     with frozen(model), patch(model) as patched, torch.no_grad():
         predictions = remembered_for(patched, model, examples, tmp_path)
         inputs = examples.collate([examples[i] for i in (2, 0)])
-        kind = "span" if head == "ForQuestionAnswering" else "classification"
-        expected = log_probabilities(model(**inputs), kind, inputs["attention_mask"])
+        kind = Span() if head == "ForQuestionAnswering" else Classes()
+        expected = kind.tables(model(**inputs), inputs)
         predictions.put([2, 0], expected)
     got = predictions.get([2, 0])
     assert got is not None and len(got) == len(expected)

@@ -200,7 +200,7 @@ def _run(batch: Batch, site: int, baseline: Tensor, fixed: Tensor, tolerance: fl
     prediction = batch.predict(site, batch.mixed(site, gates, baseline, texts), texts)
     divergence = batch.divergence(prediction, texts)
     check_finite(divergence, f"a masked prediction of site {site} ({batch.patched.sites[site].name})")
-    keeps = (batch.answers(prediction, texts) == batch.answers(batch.original)[texts]).all(-1)
+    keeps = batch.keeps(prediction, texts)
     if tolerance is not None:
         keeps &= divergence <= tolerance
     for (search, subset), nats, same in zip(chunk, divergence.tolist(), keeps.tolist(), strict=True):

@@ -51,14 +51,9 @@ def leave_one_out(batch: Batch, site: int, home: Moments) -> Found:
 
 def predicted_log_probability(batch: Batch, site: int) -> Callable[[Tensor], Tensor]:
     """State (B or n B, T, H) at `site` -> (B or n B,) log-probability of the answer that the model gave at first."""
-    answers = batch.answers(batch.original)
 
     def score(state: Tensor) -> Tensor:
         rows = torch.arange(len(state), device=state.device) % len(batch)  # captum repeats the whole batch
-        tables = batch.predict(site, state, rows).tables
-        return sum(
-            (table.gather(1, answers[rows, i : i + 1]).squeeze(1) for i, table in enumerate(tables)),
-            start=state.new_zeros(len(state)),
-        )
+        return batch.kind.log_probability(batch.predict(site, state, rows).tables, batch.answers[rows])
 
     return score

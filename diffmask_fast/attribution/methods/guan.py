@@ -11,7 +11,6 @@ from diffmask_fast.attribution.batch import Batch, Prediction
 from diffmask_fast.attribution.methods import Found, checks
 from diffmask_fast.attribution.methods.learned import learned
 from diffmask_fast.moments import Moments
-from diffmask_fast.predictions import logit_tables
 
 QUIET = -5.0  # where sigma starts: softplus(-5) = 0.0067 of the site's spread
 
@@ -58,4 +57,4 @@ def guan(
 
 def logits(batch: Batch, prediction: Prediction) -> Tensor:
     """(B, C), or (B, 2 T) of spans, alike at padded places."""
-    return torch.cat(logit_tables(prediction.output, batch.kind, batch.real), -1)
+    return torch.cat([table.flatten(1) for table in batch.kind.logits(prediction.output, batch.inputs)], -1)

@@ -210,8 +210,7 @@ def _look(
 ) -> None:
     """Note the logits of those texts that hold the constraint with fewer tokens than ever, or with as few and gates
     less open."""
-    holds = (batch.answers(masked, rows) == batch.answers(batch.original)[rows]).all(-1)
-    holds &= batch.divergence(masked, rows) <= tolerance
+    holds = batch.keeps(masked, rows) & (batch.divergence(masked, rows) <= tolerance)
     kept, opened = (keep > KEPT_ABOVE).sum(-1), keep.sum(-1) / batch.real[rows].sum(-1)
     fewer = holds & (kept < best.kept[rows])
     better = fewer | (holds & (kept == best.kept[rows]) & (opened < best.opened[rows]))
