@@ -58,12 +58,16 @@ def hands_on(layer: nn.Module) -> bool:
 
 
 def _input_embedding(model: Any) -> nn.Module | None:
-    """None where the model has none, and for convolutions, whose output has no dimension of tokens yet."""
+    """None where the model has none, and for what has not the layers' tokens: convolutions, whose output has no
+    dimension of tokens yet, and patches of a picture, which the token of the whole picture has yet to join."""
     try:
         embedding = model.get_input_embeddings()
     except (AttributeError, NotImplementedError, TypeError):
         return None
-    return embedding if isinstance(embedding, nn.Module) and not isinstance(embedding, _ConvNd) else None
+    if isinstance(embedding, nn.Embedding):
+        return embedding
+    sees = getattr(model, "main_input_name", "") == "pixel_values"
+    return embedding if isinstance(embedding, nn.Module) and not isinstance(embedding, _ConvNd) and not sees else None
 
 
 def _paths_of(model: nn.Module, module: nn.Module | None) -> list[str]:

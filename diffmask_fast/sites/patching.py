@@ -6,6 +6,7 @@ Hooks stand only while `Patched.run` runs.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -64,6 +65,10 @@ class Patched:
         self.sites: tuple[Site, ...] = tuple(site for site, _ in expanded)
         self._chain = [k for k, (_, in_chain) in enumerate(expanded) if in_chain]
         self._model: nn.Module | None = model
+        sees = getattr(model, "main_input_name", "") == "pixel_values"
+        named = inspect.signature(model.forward).parameters
+        # a picture has no padding, and its model no argument for it
+        self._not_taken = {"attention_mask"} - set(named) if sees else set()
         self._modules = [model.get_submodule(site.module) for site in self.sites]
         self._enclosing = _enclosing(model, self.sites)
         self._parts = [model.get_submodule(site.within) if site.within else None for site in self.sites]
@@ -152,7 +157,7 @@ class Patched:
             for k in sorted(plan.visited):
                 self._hook(k, partial(plan.visit, k), plan)
             try:
-                output = (call or model)(**inputs)
+                output = (call or model)(**{k: v for k, v in inputs.items() if k not in self._not_taken})
             except _Stop:
                 pass
         for k in sorted(plan.visited - plan.reached):

@@ -67,6 +67,8 @@ def family(request):
 @pytest.mark.parametrize("holds", architectures.PROPERTIES, ids=lambda check: check.__name__)
 def test_of_each_family(tiny, holds):
     model, inputs, part = tiny
+    if holds is architectures.captures_the_embedding and model.main_input_name == "pixel_values":
+        pytest.skip("patches of a picture have no token for the whole of it, so they are no site")
     with torch.no_grad():
         holds(model, inputs, part)
 

@@ -50,13 +50,14 @@ def learned(
 def noise_of(batch: Batch, like: Tensor, seed: int) -> Callable[[], Tensor]:
     """A function that draws standard normal noise (B, T, H), float32, 0 at padded places.
 
-    Each text has a stream of its own that begins with its tokens and the seed: the same text gets the same noise
-    wherever it stands, whatever it stands with and however it is padded.
+    Each text has a stream of its own that begins with its tokens (a picture with its pixels) and the seed: the same text
+    gets the same noise wherever it stands, whatever it stands with and however it is padded.
     """
     lengths = batch.real.sum(1).tolist()
     streams = []
-    for ids, length in zip(batch.inputs["input_ids"].cpu(), lengths, strict=True):
-        key = crc32(ids[:length].contiguous().numpy().tobytes(), seed % 2**32)
+    read = batch.inputs["input_ids" if "input_ids" in batch.inputs else "pixel_values"].cpu()
+    for row, length in zip(read, lengths, strict=True):
+        key = crc32((row[:length] if row.dim() == 1 else row).contiguous().numpy().tobytes(), seed % 2**32)
         streams.append(torch.Generator(like.device).manual_seed(key))
 
     def draw() -> Tensor:

@@ -1,0 +1,67 @@
+"""Pictures as the transformers of vision read them: a token for each patch, and one or more for the whole picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmask_fast.data import FIRST, SPECIAL, Examples
+from diffmask_fast.predictions import Classes, Kind, kind_for
+from diffmask_fast.sites import patch
+
+WHOLE = ("[CLS]", "[DIST]")  # tokens of the whole picture, those of DeiT
+
+
+@torch.no_grad()
+def encode_images(pixels: Tensor, model: Any, kind: Kind | None = None) -> Examples:
+    """Pictures for a Hugging Face model whose layers read them as one row of tokens, such as ViT or DeiT.
+
+    The tokens of the whole picture come first and are special ones; those of the patches are named by row and column.
+
+    Args:
+        pixels: (N, channels, height, width), as the model's image processor makes them (`pixel_values`).
+        model: the model.
+        kind: what it predicts, see `encode`.
+
+    Raises:
+        TypeError: pixels that are no float tensor.
+        ValueError: no picture, another number of dimensions, NaN, or a model that does not read patches, or makes no row
+            of tokens of them.
+    """
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+        got = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise TypeError(f"pixels: expected a float tensor, got {got}: give the image processor's pixel_values")
+    if pixels.dim() != 4 or not len(pixels) or not torch.isfinite(pixels).all():
+        raise ValueError(
+            f"pixels has the shape {tuple(pixels.shape)}; expected (N, channels, height, width) with N of 1 or more and "
+            "neither NaN nor infinity"
+        )
+    kind = kind or kind_for(model)
+    size = getattr(getattr(model, "config", None), "patch_size", None)
+    if size is None or getattr(model, "main_input_name", "") != "pixel_values":
+        raise ValueError(f"{type(model).__name__} reads no pictures as patches: give a model such as ViT")
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    rows, columns = pixels.shape[2] // height, pixels.shape[3] // width
+    with patch(model) as patched:
+        device = next(model.parameters()).device
+        state = patched.run({"pixel_values": pixels[:1].to(device)}, capture=(0,), stop=0).states[0]
+    whole = state.shape[1] - rows * columns
+    if state.dim() != 3 or whole < 0:
+        raise ValueError(
+            f"the states of {type(model).__name__} have the shape {tuple(state.shape)}, and its picture has "
+            f"{rows} x {columns} patches: expected a token for each"
+        )
+    names = [*WHOLE[:whole], *(f"[REG{i}]" for i in range(whole - len(WHOLE)))]
+    names += [f"{row},{column}" for row in range(rows) for column in range(columns)]
+    labels = getattr(model.config, "id2label", None) or {}
+    return Examples(
+        [{"pixel_values": one, "attention_mask": [1] * len(names)} for one in pixels],
+        [names] * len(pixels),
+        [[SPECIAL] * whole + [FIRST] * (rows * columns)] * len(pixels),
+        lambda i, answer: (kind or Classes()).words(answer, lambda number: str(labels.get(number, number))),
+        fixed=frozenset({"pixel_values"}),
+        kind=kind,
+    )
