@@ -28,6 +28,7 @@ _MODULE_OF = {
     "state_moments": "diffmask_fast.moments",
     "Examples": "diffmask_fast.data",
     "encode": "diffmask_fast.data",
+    "encode_images": "diffmask_fast.images",
     "Recipe": "diffmask_fast.training.recipe",
     "fresh_probe": "diffmask_fast.training.trainer",
     "train_probe": "diffmask_fast.training.trainer",

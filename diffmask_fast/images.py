@@ -28,7 +28,7 @@ def encode_images(pixels: Tensor, model: Any, kind: Kind | None = None) -> Examp
 
     Raises:
         TypeError: pixels that are no float tensor.
-        ValueError: no picture, another number of dimensions, NaN, or a model that does not read patches, or makes no row
+        ValueError: no picture, another number of dimensions, NaN; a model that does not read patches, or makes no row
             of tokens of them.
     """
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
@@ -36,8 +36,8 @@ def encode_images(pixels: Tensor, model: Any, kind: Kind | None = None) -> Examp
         raise TypeError(f"pixels: expected a float tensor, got {got}: give the image processor's pixel_values")
     if pixels.dim() != 4 or not len(pixels) or not torch.isfinite(pixels).all():
         raise ValueError(
-            f"pixels has the shape {tuple(pixels.shape)}; expected (N, channels, height, width) with N of 1 or more and "
-            "neither NaN nor infinity"
+            f"pixels has the shape {tuple(pixels.shape)}; expected (N, channels, height, width) with N of 1 or more, "
+            "and neither NaN nor infinity"
         )
     kind = kind or kind_for(model)
     size = getattr(getattr(model, "config", None), "patch_size", None)

@@ -12,6 +12,8 @@ MODULES = (
     "diffmask_fast",
     "diffmask_fast.ops",
     "diffmask_fast.sites",
+    "diffmask_fast.predictions",
+    "diffmask_fast.training.evaluation",
     "diffmask_fast.attribution",
     "diffmask_fast.compat",
     "diffmask_fast.compat.diffmask",

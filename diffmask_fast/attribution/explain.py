@@ -40,7 +40,8 @@ def explain(
       it is the largest: needed in one window is needed.
     * A predicted span is the one of the window that gives its best span the highest start logit plus end logit, for
       the original prediction and for each masked one; a predicted class has the highest mean probability over the
-      windows. `kept_prediction` compares these.
+      windows, and a number is the mean over them. What is predicted at a place of the text comes from the window that
+      the place's P(keep) comes from. `kept_prediction` compares these.
     * The divergence is the mean over the windows, each masked by its own P(keep).
 
     Args:

@@ -38,7 +38,7 @@ class Attribution:
         site_names: the S sites, embedding first.
         keep: (T, S) float32, P(z != 0).
         segments: (T,) int8, an index into `SEGMENT_NAMES`.
-        divergence: (S,) float32, KL(original || masked) in nats.
+        divergence: (S,) float32, KL(original || masked) in nats, or what the kind of prediction has in its place.
         original: the prediction on the whole text.
         masked: S predictions, each with the tokens of that site whose `keep` is at most 0.5 replaced.
         kept_prediction: (S,) bool, whether the masked prediction is the original one.
@@ -75,8 +75,9 @@ class Attributions:
         keep: (sum T_i, S) float32 in [0, 1], P(z != 0): how sure the probe is that the site needs the token.
         segments: (sum T_i,) int8: 0 special ([CLS], [SEP]), 1 first segment (the question, or all of a single
             text), 2 second segment (the passage).
-        divergence: (N, S) float32, finite and >= 0: KL(original || masked) in nats, where the masked
-            prediction is made with every token whose P(keep) is at most 0.5 replaced by the baseline.
+        divergence: (N, S) float32, finite and >= 0: KL(original || masked) in nats, or what the kind of prediction has
+            in its place (see `diffmask_fast.predictions`), where the masked prediction is made with every token whose
+            P(keep) is at most 0.5 replaced by the baseline.
         original: N predictions on the whole text, as text.
         masked: N lists of S masked predictions.
         kept_prediction: (N, S) bool, whether the masked prediction is the original one.
@@ -127,9 +128,7 @@ class Attributions:
         checks.within("keep", self.keep, 0.0, 1.0, "probabilities P(z != 0): exponentiate log_open")
         checks.within("segments", self.segments, 0, 2, "0 special, 1 first segment, 2 second segment")
         finite_max = torch.finfo(torch.float32).max
-        checks.within(
-            "divergence", self.divergence, 0.0, finite_max, "KL in nats: clamp rounding errors, .clamp(min=0)"
-        )
+        checks.within("divergence", self.divergence, 0.0, finite_max, "0 or more: clamp rounding errors, .clamp(min=0)")
 
         if self.scores is not None:
             checks.tensor("scores", self.scores, torch.float32, (rows, sites), "(sum of the lengths, sites)")

@@ -50,8 +50,8 @@ def learned(
 def noise_of(batch: Batch, like: Tensor, seed: int) -> Callable[[], Tensor]:
     """A function that draws standard normal noise (B, T, H), float32, 0 at padded places.
 
-    Each text has a stream of its own that begins with its tokens (a picture with its pixels) and the seed: the same text
-    gets the same noise wherever it stands, whatever it stands with and however it is padded.
+    Each text has a stream of its own that begins with its tokens (a picture's with its pixels) and the seed: the same
+    text gets the same noise wherever it stands, whatever it stands with and however it is padded.
     """
     lengths = batch.real.sum(1).tolist()
     streams = []
