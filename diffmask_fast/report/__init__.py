@@ -22,6 +22,21 @@ def piece(token: str) -> tuple[bool, str]:
     return continues, token[2:] if continues else token
 
 
+WORD_BEGINS = ("Ġ", "▁")  # byte-level BPE, and SentencePiece
+
+
+def pieces(attribution: Attribution) -> list[tuple[bool, str]]:
+    """`piece` of each token, by the marks that this text has: some tokenizers mark what begins a word instead."""
+    if not any(token.startswith(WORD_BEGINS) for token in attribution.tokens):
+        return [piece(token) for token in attribution.tokens]
+    shown, special_before = [], True
+    for token, segment in zip(attribution.tokens, attribution.segments.tolist(), strict=True):
+        begins = token.startswith(WORD_BEGINS) or special_before or segment == 0
+        shown.append((not begins, token[1:] if len(token) > 1 and token.startswith(WORD_BEGINS) else token))
+        special_before = segment == 0
+    return shown
+
+
 def has_two_segments(attributions: Attributions) -> bool:
     return bool((attributions.segments == 2).any())
 

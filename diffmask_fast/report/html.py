@@ -22,7 +22,7 @@ from torch import Tensor
 from diffmask_fast.attribution import SEGMENT_NAMES, Attribution, Attributions
 from diffmask_fast.attribution.result import KEPT_ABOVE
 from diffmask_fast.files import replacing
-from diffmask_fast.report import has_two_segments, require_many
+from diffmask_fast.report import has_two_segments, pieces, require_many
 
 # Inside <script> these could end the element or start a comment; escaped they are the same JSON.
 _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
@@ -78,6 +78,8 @@ def _data(attributions: Attributions, title: str) -> dict[str, Any]:
 def _text(text: Attribution) -> dict[str, Any]:
     return {
         "tokens": text.tokens,
+        "shown": {i: shown for i, (_, shown) in enumerate(pieces(text)) if shown != text.tokens[i]},
+        "joins": "".join(str(int(continues)) for continues, _ in pieces(text)),
         "segments": "".join(map(str, text.segments.tolist())),
         "keep": _packed(text.keep),
         "kl": _rounded(text.divergence),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 from rich import box
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from diffmask_fast.attribution import SEGMENT_NAMES, Attribution, Attributions
 from diffmask_fast.attribution.result import KEPT_ABOVE
-from diffmask_fast.report import has_two_segments, piece, printable, require_many, require_one
+from diffmask_fast.report import has_two_segments, pieces, printable, require_many, require_one
 from diffmask_fast.report.tables import Cell, written
 
 BAR = 12  # cells
@@ -115,10 +115,13 @@ def _sites_of_one(attribution: Attribution, console: Console) -> Table:
     return table
 
 
+def _pieces(attribution: Attribution, site: int) -> Iterator[tuple[tuple[bool, str], float]]:
+    return zip(pieces(attribution), attribution.keep[:, site].tolist(), strict=True)
+
+
 def _coloured(attribution: Attribution, site: int) -> Text:
     text = Text()
-    for i, (token, keep) in enumerate(zip(attribution.tokens, attribution.keep[:, site].tolist(), strict=True)):
-        continues, shown = piece(token)
+    for i, ((continues, shown), keep) in enumerate(_pieces(attribution, site)):
         if i and not continues:
             text.append(" ")
         text.append(printable(shown), _style(keep))
@@ -127,8 +130,7 @@ def _coloured(attribution: Attribution, site: int) -> Text:
 
 def _braced(attribution: Attribution, site: int, console: Console) -> Text:
     out, inside = "", False
-    for i, (token, keep) in enumerate(zip(attribution.tokens, attribution.keep[:, site].tolist(), strict=True)):
-        continues, shown = piece(token)
+    for i, ((continues, shown), keep) in enumerate(_pieces(attribution, site)):
         dropped = keep <= KEPT_ABOVE
         if inside and not dropped:
             out += "}"

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from diffmask_fast.attribution import Attributions
-from diffmask_fast.report import piece, printable, terminal
+from diffmask_fast.report import piece, pieces, printable, terminal
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -166,6 +167,29 @@ def test_word_pieces_are_told_from_words_that_look_like_them() -> None:
     assert piece("##ing") == (True, "ing")
     assert piece("##") == (False, "##")
     assert piece("#ing") == (False, "#ing")
+
+
+@pytest.mark.parametrize("mark", ["Ġ", "▁"])
+def test_where_words_begin_with_a_mark_what_has_none_goes_on_with_one(mark: str, sst: Attributions) -> None:
+    tokens = ["<s>", f"{mark}un", "believ", "able", mark, f"{mark}film", "</s>"]
+    one = replace(
+        sst[:1],
+        tokens=[tokens],
+        keep=torch.rand(7, len(sst.site_names), generator=torch.Generator().manual_seed(0)),
+        segments=torch.tensor([0, 1, 1, 1, 1, 1, 0], dtype=torch.int8),
+    )[0]
+    assert pieces(one) == [
+        (False, "<s>"),
+        (False, "un"),
+        (True, "believ"),
+        (True, "able"),
+        (False, mark),
+        (False, "film"),
+        (False, "</s>"),
+    ]
+    file = io.StringIO()
+    terminal.show(one, file=file)
+    assert "unbelievable" in file.getvalue().replace("{", "").replace("}", "")
 
 
 def test_printable_leaves_ordinary_writing_alone() -> None:
