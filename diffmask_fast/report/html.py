@@ -42,6 +42,28 @@ def write(attributions: Attributions, path: str | os.PathLike[str], title: str =
         TypeError, ValueError: `attributions` is not `Attributions`, or has no text.
         FileNotFoundError: the folder of `path` does not exist.
     """
+    page = _page(attributions, title)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+
+
+def frame(attributions: Attributions, title: str = "Which tokens are needed", height: int = 700) -> str:
+    """The same page as an element that a notebook can show: `IPython.display.HTML(frame(attributions))`.
+
+    Args:
+        attributions, title: as for `write`.
+        height: of the element, in pixels.
+
+    Raises:
+        TypeError, ValueError: as `write`; a height that is no whole number above 0.
+    """
+    if not isinstance(height, int) or isinstance(height, bool) or height < 1:
+        raise ValueError(f"height is {height!r}; expected a whole number of pixels, 1 or more")
+    page = html.escape(_page(attributions, title))
+    return f'<div><iframe srcdoc="{page}" width="100%" height="{height}" style="border: 0"></iframe></div>'
+
+
+def _page(attributions: Attributions, title: str) -> str:
     require_many(attributions)
     template = files("diffmask_fast.report").joinpath("page.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*)</script>", template, re.DOTALL)
@@ -51,9 +73,7 @@ def write(attributions: Attributions, path: str | os.PathLike[str], title: str =
     data = json.dumps(_data(attributions, title), ensure_ascii=True, separators=(",", ":")).translate(_ESCAPES)
     parts = {"title": html.escape(title), "script_hash": f"sha256-{digest}", "data": data}
     # one pass: a title that reads {{data}} stays what it is
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", newline="\n")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
 def _data(attributions: Attributions, title: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,14 @@ def test_no_texts_and_one_text_are_refused(sst: Attributions, tmp_path: Path) ->
 def test_a_folder_that_does_not_exist_is_named(sst: Attributions, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="create it first"):
         page(sst, tmp_path / "nowhere")
+
+
+def test_a_frame_holds_the_whole_page(sst: Attributions, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    html.write(sst, path)
+    around = r'<div><iframe srcdoc="([^"]*)" width="100%" height="500" style="border: 0"></iframe></div>'
+    held = re.fullmatch(around, html.frame(sst, height=500))
+    assert held and unescape(held[1]) == path.read_text(encoding="utf-8")
+    for height in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="height is"):
+            html.frame(sst, height=height)
