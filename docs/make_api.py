@@ -20,6 +20,7 @@ MODULES = (
     "diffmask_fast.compat.vision",
     "diffmask_fast.compat.graphmask",
     "diffmask_fast.compat.l0",
+    "diffmask_fast.compat.cofi",
 )
 HEAD = """# Interface
 

@@ -25,6 +25,8 @@ PROJECTS = {
     "graphmask": {"code.utils.torch_utils.hard_concrete": "diffmask_fast.compat.graphmask"},
     "edge-pruning": {"modeling.l0": "diffmask_fast.compat.l0", "l0": "diffmask_fast.compat.l0"},
     "l0": {"l0_layers": "diffmask_fast.compat.l0"},
+    "cofi": {"models.l0_module": "diffmask_fast.compat.cofi"},
+    "subnetwork-probing": {"masked_linear": "diffmask_fast.compat.l0"},
 }
 """For each project its modules, as its own code imports them, and ours that has all their names."""
 
@@ -87,7 +89,8 @@ def install(project: str = "diffmask") -> Installed:
     replaced. Each replacement is logged (INFO, logger "diffmask_fast.compat") and kept in the handle's `replaced`.
 
     Args:
-        project: one of `PROJECTS`: "diffmask", or "vision", "graphmask", "edge-pruning", "l0".
+        project: one of `PROJECTS`: "diffmask", or "vision", "graphmask", "edge-pruning", "l0", "cofi",
+            "subnetwork-probing".
 
     Returns:
         The handle; `remove()`, or the end of its `with` block, undoes it.

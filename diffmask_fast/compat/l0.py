@@ -26,7 +26,7 @@ LIMIT_LEFT, LIMIT_RIGHT = -0.1, 1.1
 EPS = 1e-6
 TEMPERATURE = 2 / 3
 limit_a, limit_b, epsilon = LIMIT_LEFT, LIMIT_RIGHT, EPS
-_LOWEST, _HIGHEST = math.log(1e-2), math.log(1e2)
+LOWEST, HIGHEST = math.log(1e-2), math.log(1e2)
 
 
 def cdf_stretched_concrete(x: float, log_alpha: Tensor, temperature: float = TEMPERATURE) -> Tensor:
@@ -79,7 +79,7 @@ class _Gated(nn.Module):
                 self.bias.zero_()
 
     def constrain_parameters(self, **kwargs: Any) -> None:
-        self.qz_loga.data.clamp_(_LOWEST, _HIGHEST)
+        self.qz_loga.data.clamp_(LOWEST, HIGHEST)
 
     def cdf_qz(self, x: float) -> Tensor:
         return cdf_stretched_concrete(x, self.qz_loga, self.temperature)
@@ -280,7 +280,7 @@ class Mask(nn.Module):
         return self.sample_z() if self.training else self.deterministic_z()
 
     def constrain_parameters(self) -> None:
-        self.z_loga.data.clamp_(_LOWEST, _HIGHEST)
+        self.z_loga.data.clamp_(LOWEST, HIGHEST)
 
     def calculate_expected_score_sparsity(self) -> tuple[Tensor, Tensor]:
         score = 1 - self.cdf_qz()
@@ -314,3 +314,67 @@ class L0Mask(nn.Module):
     def regularizer(self) -> Tensor:
         """The mean of P(gate != 0)."""
         return log_open(self.mask_scores, self.b, self.l, self.r).exp().mean()
+
+
+class MaskedLinear(nn.Linear):
+    """The linear layer of subnetwork-probing: one gate for each block of `out_w_per_mask` by `in_w_per_mask` weights,
+    those whose rows and columns are equal modulo the number of blocks, as published.
+
+    The published class hands `mask_p` to nobody; here the gates start with it.
+
+    Raises:
+        ValueError: features that the blocks do not divide.
+        TypeError: `from_layer` of what is no `nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        mask_p: float = 0.9,
+        out_w_per_mask: int = 1,
+        in_w_per_mask: int = 1,
+        num_heads: int = 12,
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        for features, block in ((out_features, out_w_per_mask), (in_features, in_w_per_mask)):
+            if features % block:
+                raise ValueError(f"{features} features are no multiple of {block}: choose another size of a block")
+        self.num_heads, self.out_w_per_mask, self.in_w_per_mask = num_heads, out_w_per_mask, in_w_per_mask
+        self.mask = L0Mask((1, out_features // out_w_per_mask, 1, in_features // in_w_per_mask), mask_p)
+        self.cached_activation: Tensor | None = None
+        self.do_caching = False
+
+    def produce_mask(self) -> Tensor:
+        return self.mask.produce_mask()
+
+    def produce_mask_reshaped(self) -> Tensor:
+        """The gate of each weight, (out_features, in_features)."""
+        return self._gated(torch.ones_like(self.weight))
+
+    def _gated(self, weight: Tensor) -> Tensor:
+        rows, columns = self.mask.mask_scores.shape[1], self.mask.mask_scores.shape[3]
+        blocks = weight.reshape(self.out_w_per_mask, rows, self.in_w_per_mask, columns)
+        return (self.produce_mask() * blocks).reshape(weight.shape)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = F.linear(input, self._gated(self.weight), self.bias)
+        if self.do_caching:
+            before = () if self.cached_activation is None else (self.cached_activation,)
+            self.cached_activation = torch.cat((*before, output.detach()))
+        return output
+
+    def activate_caching(self, caching: bool = True) -> None:
+        """Keep what comes out, pass after pass, in `cached_activation`; forget what was kept."""
+        self.cached_activation, self.do_caching = None, caching
+
+    @classmethod
+    def from_layer(cls, layer: nn.Linear, out_w_per_mask: int, in_w_per_mask: int) -> MaskedLinear:
+        """With the weights of a layer, which both then share."""
+        if type(layer) is not nn.Linear:
+            raise TypeError(f"expected an nn.Linear, got {type(layer).__name__}")
+        sizes = {"out_w_per_mask": out_w_per_mask, "in_w_per_mask": in_w_per_mask}
+        made = cls(layer.in_features, layer.out_features, layer.bias is not None, **sizes)
+        made.weight, made.bias = layer.weight, layer.bias
+        return made

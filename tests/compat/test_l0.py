@@ -144,3 +144,32 @@ def test_a_mask_of_subnetwork_probing_is_the_published_formula() -> None:
     close(seeded(mask.produce_mask), plain.draw(u, mask.mask_scores.detach().double(), 0.5, -0.1, 1.1, 1e-9))
     want = plain.log_nonzero(mask.mask_scores.detach().double(), 0.5, -0.1, 1.1).exp().mean()
     close(mask.regularizer(), want)
+
+
+def test_a_masked_layer_of_subnetwork_probing_gates_blocks_of_weights() -> None:
+    torch.manual_seed(0)
+    plainly = torch.nn.Linear(6, 8)
+    layer = l0.MaskedLinear.from_layer(plainly, out_w_per_mask=2, in_w_per_mask=3)
+    assert layer.weight is plainly.weight and layer.mask.mask_scores.shape == (1, 4, 1, 2)
+    layer.mask.mask_scores.data = torch.randn(1, 4, 1, 2) * 3
+    x = torch.randn(5, 6)
+    u = seeded(torch.rand, 1, 4, 1, 2).clamp(0.0001, 0.9999).double()
+    gates = plain.draw(u, layer.mask.mask_scores.detach().double(), *LAW, 1e-9)[0, :, 0]
+    gate_of = torch.tensor([[gates[row % 4, column % 2] for column in range(6)] for row in range(8)])
+    close(seeded(layer, x), x.double() @ (gate_of * plainly.weight).T + plainly.bias)
+    close(seeded(layer.produce_mask_reshaped), gate_of)
+    assert list(layer.state_dict()) == ["weight", "bias", "mask.mask_scores"]
+    layer.eval().activate_caching()
+    both = torch.cat([layer(x), layer(2 * x)])
+    assert torch.equal(layer.cached_activation, both.detach())
+    layer.activate_caching(False)
+    assert layer(x) is not None and layer.cached_activation is None
+
+
+def test_a_masked_layer_starts_where_it_is_told_and_refuses_what_does_not_fit() -> None:
+    """The published one starts at 0.9 whatever it is told."""
+    close(l0.MaskedLinear(4, 2, mask_p=0.5).eval().produce_mask(), torch.full((1, 2, 1, 4), 0.5))
+    with pytest.raises(ValueError, match="6 features are no multiple of 4"):
+        l0.MaskedLinear(6, 8, in_w_per_mask=4)
+    with pytest.raises(TypeError, match=r"expected an nn\.Linear, got Conv1d"):
+        l0.MaskedLinear.from_layer(torch.nn.Conv1d(1, 1, 1), 1, 1)
