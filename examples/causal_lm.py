@@ -80,7 +80,7 @@ def main() -> None:
     passages = [line.strip() for line in options.text.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(passages) < 100:
         parser.error(f"{options.text} has {len(passages)} lines that are not empty; expected at least 100")
-    words, steps, count, epochs = (400, 10, 48, 1) if options.quick else (4096, 1500, 4000, 4)
+    words, steps, count, epochs = (400, 10, 48, 1) if options.quick else (4096, 1500, 4000, 12)
     random.seed(options.seed)
     torch.manual_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from diffmask_fast import runs
 from diffmask_fast.analysis.findings import Finding
 from diffmask_fast.attribution import Attributions
+from diffmask_fast.attribution.explain import explain as explain_by_probe
 from diffmask_fast.attribution.methods import METHODS
+from diffmask_fast.data import Examples
 from diffmask_fast.report import charts, figure
 from diffmask_fast.report.tables import Table
 from diffmask_fast.reproduce.report import Section, write_report
@@ -25,6 +28,8 @@ SEEDS, QUICK_SEEDS = 5, 1
 METHODS_HERE = [name for name, method in METHODS.items() if not method.layers_only]
 OPTIONS = {name: {"tolerance": toy.RECIPES["steady"].tolerance} for name in ("diffmask-per-example", "reinforce")}
 PROBE = "diffmask"
+ONE_MULTIPLIER = "diffmask, one multiplier for all sites"
+FIXED_BASELINE = "diffmask-per-example, fixed baseline"
 
 
 def run(out: Path, *, quick: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -42,10 +47,11 @@ def run(out: Path, *, quick: bool = False, quiet: bool = False) -> dict[str, Any
         for stage in (
             Stage(f"probe-{seed}", f"network and probe, seed {seed}", 0.5, partial(train, folder, seed)),
             Stage(f"methods-{seed}", f"all methods, seed {seed}", 1.5, partial(explain, folder, seed)),
+            Stage(f"ablations-{seed}", f"ablations, seed {seed}", 0.8, partial(ablate, folder, seed)),
         )
     ]
     results = run_stages(folder, stages, quiet)
-    metrics = {str(seed): results[f"methods-{seed}"] for seed in seeds}
+    metrics = {str(seed): {**results[f"methods-{seed}"], **results[f"ablations-{seed}"]} for seed in seeds}
     write_report(folder, "Toy task: attributions against the truth", sections(folder, metrics))
     runs.write_json(folder / runs.METRICS, metrics)
     return metrics
@@ -64,12 +70,31 @@ def explain(folder: Path, seed: int, _: Results) -> dict[str, Any]:
     for name, found in said.items():
         found.save(home / f"{name}.safetensors")
     said[PROBE] = Attributions.load(home / "attributions.safetensors")
+    return {name: finite_distances(found, validation) for name, found in said.items()}
+
+
+def ablate(folder: Path, seed: int, _: Results) -> dict[str, Any]:
+    """Distances without a multiplier for each site, and without amortisation and learned baseline; without amortisation
+    alone is one of the methods."""
+    home = folder / "runs" / f"seed-{seed}"
+    training, validation = toy.split(toy.toy_examples(toy.EXAMPLES, seed))
+    model = toy.load_model(home)
+    shared = replace(toy.RECIPES["steady"], multiplier="shared")
+    probe = toy.trained_probe(model, training, shared, home / "one-multiplier", seed=seed, resume=True, quiet=True)
+    name = "diffmask-per-example"
+    options = {name: {**OPTIONS[name], "learn_baseline": False}}
+    said = {
+        ONE_MULTIPLIER: explain_by_probe(model, probe, validation, batch_size=toy.VALIDATION),
+        FIXED_BASELINE: toy.explained(model, training, validation, [name], options)[name],
+    }
+    return {name: finite_distances(found, validation) for name, found in said.items()}
+
+
+def finite_distances(found: Attributions, validation: Examples) -> dict[str, dict[str, float | None]]:
+    """As JSON can hold them: None stands for what is not finite."""
     return {
-        name: {
-            site: {key: value if math.isfinite(value) else None for key, value in row.items()}
-            for site, row in toy.distances(found, validation).items()
-        }
-        for name, found in said.items()
+        site: {key: value if math.isfinite(value) else None for key, value in row.items()}
+        for site, row in toy.distances(found, validation).items()
     }
 
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import Examples
 from diffmask_fast.files import replacing
 from diffmask_fast.moments import state_moments
-from diffmask_fast.probes import save_probe
+from diffmask_fast.probes import Probe, save_probe
 from diffmask_fast.sites import register_sites
 from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
 
@@ -238,6 +239,19 @@ def explained(
     }
 
 
+def trained_probe(
+    model: ToyModel, training: Examples, recipe: Recipe, folder: Path, *, seed: int, resume: bool, quiet: bool
+) -> Probe:
+    """A probe of both sites of a trained network, on the CPU; its checkpoints are in `folder`."""
+    from diffmask_fast.training.trainer import fresh_probe, train_probe
+
+    torch.manual_seed(seed)
+    probe = fresh_probe(model, training, recipe, "hidden", width=PROBE_WIDTH)
+    train_probe(model, probe, training, recipe, folder, seed=seed, resume=resume, quiet=quiet)
+    model.cpu()
+    return probe.cpu().eval()
+
+
 def run(
     out: str | os.PathLike[str],
     *,
@@ -258,8 +272,6 @@ def run(
         return runs.read_json(folder / runs.METRICS)
     from safetensors.torch import save_file
 
-    from diffmask_fast.training.trainer import fresh_probe, train_probe
-
     training, validation = split(toy_examples(EXAMPLES, seed))
     weights = folder / MODEL
     if weights.exists():
@@ -268,11 +280,7 @@ def run(
         model = train_model(training, folder / "checkpoints", seed=seed, quiet=quiet)
         with replacing(weights) as temporary:
             save_file(model.state_dict(), temporary)
-    torch.manual_seed(seed)
-    probe = fresh_probe(model, training, chosen, "hidden", width=PROBE_WIDTH)
-    train_probe(model, probe, training, chosen, folder / "checkpoints", seed=seed, resume=resume, quiet=quiet)
-    model.cpu()
-    probe.cpu().eval()
+    probe = trained_probe(model, training, chosen, folder / "checkpoints", seed=seed, resume=resume, quiet=quiet)
     meta = {"task": "toy", "seed": seed, "recipe": recipe, "versions": runs.versions()}
     save_probe(probe, folder / "probe.safetensors", meta)
     attributions = explain(model, probe, validation, batch_size=VALIDATION, meta=meta)

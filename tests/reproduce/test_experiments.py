@@ -54,7 +54,12 @@ def test_the_toy_experiment_compares_every_method_and_is_not_made_twice(
     small_toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = toy_experiment.run(tmp_path / "toy", quick=True, quiet=True)
-    assert list(metrics) == ["0"] and set(metrics["0"]) == {"leave-one-out", "erasure", "diffmask"}
+    assert list(metrics) == ["0"] and set(metrics["0"]) == {
+        *("leave-one-out", "erasure", "diffmask"),
+        *("diffmask, one multiplier for all sites", "diffmask-per-example, fixed baseline"),
+    }
+    # the probe with a multiplier for each site is another one
+    assert metrics["0"]["diffmask"] != metrics["0"]["diffmask, one multiplier for all sites"]
     no_figure_is_missing(tmp_path / "toy")
     monkeypatch.setattr(toy, "run", None)  # what a second time would need
     monkeypatch.setattr(toy, "explained", None)
