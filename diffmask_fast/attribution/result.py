@@ -128,7 +128,13 @@ class Attributions:
         checks.within("keep", self.keep, 0.0, 1.0, "probabilities P(z != 0): exponentiate log_open")
         checks.within("segments", self.segments, 0, 2, "0 special, 1 first segment, 2 second segment")
         finite_max = torch.finfo(torch.float32).max
-        checks.within("divergence", self.divergence, 0.0, finite_max, "0 or more: clamp rounding errors, .clamp(min=0)")
+        checks.within(
+            "divergence",
+            self.divergence,
+            0.0,
+            finite_max,
+            "KL in nats, 0 or more: clamp rounding errors, .clamp(min=0)",
+        )
 
         if self.scores is not None:
             checks.tensor("scores", self.scores, torch.float32, (rows, sites), "(sum of the lengths, sites)")
