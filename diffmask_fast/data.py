@@ -153,7 +153,8 @@ def encode(
         TypeError: something that is neither a text nor a pair of texts; a stride that is no int; a `kind` that is none.
         ValueError: no text, or an empty one, also where the tokenizer drops all that it holds; a stride below 0;
             a model that does not tell what it predicts; a text without any of the places at which it is asked.
-        TooLongError: a text in whose windows there is no room for more than the `stride` tokens that they share, by
+        TooLongError: a prompt of which the next word is asked and that the model does not take whole; a text in whose
+            windows there is no room for more than the `stride` tokens that they share, by
             default for a single token, because the first part of the pair takes it.
     """
     if isinstance(texts, str) or not isinstance(texts, Sequence):
@@ -196,7 +197,7 @@ def encode(
     words = predicts_words(model)
 
     def name(number: int) -> str:
-        return repr(tokenizer.decode([number])) if words else str(labels.get(number, number))
+        return repr(tokenizer.decode([number])) if words else str(labels.get(number, labels.get(str(number), number)))
 
     def describe(i: int, answer: Sequence[int]) -> str:
         if isinstance(kind, Span) or (kind is None and len(answer) == 2):
@@ -223,6 +224,12 @@ def encode(
 
 
 def _require_places(kind: AtPositions, examples: Examples, windows: list[Window]) -> None:
+    if kind.where == "last" and examples.windows is not None:
+        long = next(window for window in windows if len(window.piece) < len(window.cut))
+        raise TooLongError(
+            f"text {long.text} has {long.length} tokens, more than the model takes, and what comes next is asked at "
+            "its end: give the end of it that the model takes"
+        )
     asked = {window.text for i, window in enumerate(windows) if kind.chosen(examples.collate([examples[i]])).any()}
     without = sorted({window.text for window in windows} - asked)
     if without:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from diffmask_fast.data import FIRST, SPECIAL, Examples
-from diffmask_fast.predictions import Classes, Kind, kind_for
+from diffmask_fast.predictions import Classes, Kind, kind_for, require_kind
 from diffmask_fast.sites import patch
-
-WHOLE = ("[CLS]", "[DIST]")  # tokens of the whole picture, those of DeiT
 
 
 @torch.no_grad()
@@ -39,7 +37,7 @@ def encode_images(pixels: Tensor, model: Any, kind: Kind | None = None) -> Examp
             f"pixels has the shape {tuple(pixels.shape)}; expected (N, channels, height, width) with N of 1 or more, "
             "and neither NaN nor infinity"
         )
-    kind = kind or kind_for(model)
+    require_kind(model, kind or (kind := kind_for(model)))
     size = getattr(getattr(model, "config", None), "patch_size", None)
     if size is None or getattr(model, "main_input_name", "") != "pixel_values":
         raise ValueError(f"{type(model).__name__} reads no pictures as patches: give a model such as ViT")
@@ -47,21 +45,31 @@ def encode_images(pixels: Tensor, model: Any, kind: Kind | None = None) -> Examp
     rows, columns = pixels.shape[2] // height, pixels.shape[3] // width
     with patch(model) as patched:
         device = next(model.parameters()).device
-        state = patched.run({"pixel_values": pixels[:1].to(device)}, capture=(0,), stop=0).states[0]
-    whole = state.shape[1] - rows * columns
-    if state.dim() != 3 or whole < 0:
+        every = range(len(patched.sites))
+        states = patched.run({"pixel_values": pixels[:1].to(device)}, capture=every).states
+    shapes = {tuple(state.shape[:2]) if state.dim() == 3 else tuple(state.shape) for state in states.values()}
+    whole = states[0].shape[1] - rows * columns
+    if len(shapes) > 1 or states[0].dim() != 3 or whole < 0:
         raise ValueError(
-            f"the states of {type(model).__name__} have the shape {tuple(state.shape)}, and its picture has "
-            f"{rows} x {columns} patches: expected a token for each"
+            f"the states of {type(model).__name__} have the shapes {sorted(shapes)}, and its picture has "
+            f"{rows} x {columns} patches: expected one row of tokens at all sites, with one for each patch"
         )
-    names = [*WHOLE[:whole], *(f"[REG{i}]" for i in range(whole - len(WHOLE)))]
+    names = whole_picture(model.config, whole)
     names += [f"{row},{column}" for row in range(rows) for column in range(columns)]
     labels = getattr(model.config, "id2label", None) or {}
     return Examples(
-        [{"pixel_values": one, "attention_mask": [1] * len(names)} for one in pixels],
+        [{"pixel_values": one, "attention_mask": [1] * len(names)} for one in pixels.cpu()],
         [names] * len(pixels),
         [[SPECIAL] * whole + [FIRST] * (rows * columns)] * len(pixels),
         lambda i, answer: (kind or Classes()).words(answer, lambda number: str(labels.get(number, number))),
         fixed=frozenset({"pixel_values"}),
         kind=kind,
     )
+
+
+def whole_picture(config: Any, count: int) -> list[str]:
+    """Names of the tokens that stand for the whole picture."""
+    registers = min(count, getattr(config, "num_register_tokens", 0) or 0)
+    named = ["[CLS]", "[DIST]" if config.model_type == "deit" else "[1]"]
+    named += [f"[{i}]" for i in range(2, count)]
+    return [*named[: count - registers], *(f"[REG{i}]" for i in range(registers))]

@@ -16,6 +16,8 @@ explaining and every method do the same with all of them:
 
 from __future__ import annotations
 
+import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +64,10 @@ class Kind(ABC):
             allowed: (B, T) bool, where a span may start and end; None allows every position.
         """
         return torch.stack([table.argmax(-1) for table in tables], -1)
+
+    def asked(self, tables: Tables) -> Tensor:
+        """(B,) bool: whether there is a prediction at all. A window of a text may have no place to be asked about."""
+        return torch.ones(len(tables[0]), dtype=torch.bool, device=tables[0].device)
 
     def same(self, one: Tensor, other: Tensor) -> Tensor:
         """Answers (..., A) and (..., A) -> (...,) bool: whether it is the same prediction."""
@@ -183,8 +189,8 @@ class Values(Kind):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ValueError(f"scale is {self.scale!r}; expected a number above 0")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale is {self.scale!r}; expected a finite number above 0")
 
     def logits(self, output: Any, inputs: Inputs) -> Tables:
         found = _tensor(output)
@@ -222,15 +228,23 @@ class AtPositions(Kind):
 
     Attributes:
         where: "every" real token (token classification); the "last" one, at which a causal language model says what
-            comes next; the id of a token, such as the mask token of a masked language model; or a function from the
-            model's arguments to (B, T) bool.
+            comes next (after the end mark, if the tokenizer adds one); the id of a token, such as the mask token of a
+            masked language model; or a function from the model's arguments, which are padded on the right, to (B, T)
+            bool.
     """
 
     where: str | int | Callable[[Inputs], Tensor] = "every"
 
     def __post_init__(self) -> None:
-        known = self.where in ("every", "last") if isinstance(self.where, str) else not isinstance(self.where, bool)
-        if not known or not (isinstance(self.where, str | int) or callable(self.where)):
+        if not callable(self.where) and self.where not in ("every", "last"):
+            try:
+                known = not isinstance(self.where, bool)
+                object.__setattr__(self, "where", operator.index(self.where))  # type: ignore[arg-type]
+            except TypeError:
+                known = False
+        else:
+            known = True
+        if not known:
             raise ValueError(f'where is {self.where!r}; expected "every", "last", the id of a token, or a function')
 
     def chosen(self, inputs: Inputs) -> Tensor:
@@ -250,6 +264,7 @@ class AtPositions(Kind):
         # first the places, in their order: a language model's whole (B, T, C) is never turned into probabilities
         first = places.int().argsort(dim=1, descending=True, stable=True)[:, : int(places.sum(1).max())]
         picked = _wide(logits.gather(1, first.unsqueeze(-1).expand(-1, -1, logits.shape[-1])))
+        picked = picked.clamp(min=PADDING)  # some models rule words out by -inf
         return (picked.masked_fill(~places.gather(1, first).unsqueeze(-1), PADDING),)
 
     def tables(self, output: Any, inputs: Inputs) -> Tables:
@@ -260,6 +275,9 @@ class AtPositions(Kind):
         """(B,) KL(original || masked), the mean over the places; 0 of a text that has none."""
         (p,), (q,) = original, masked
         return _kl(p, q).sum(-1) / _there(p).sum(-1).clamp(min=1)
+
+    def asked(self, tables: Tables) -> Tensor:
+        return _there(tables[0]).any(-1)
 
     def answers(self, tables: Tables, allowed: Tensor | None = None) -> Tensor:
         """(B, P) the likeliest class at each place, -1 behind the last one."""
@@ -286,9 +304,9 @@ class Own(Kind):
 
     Attributes:
         distance: (original, masked), both as `read` gives them -> (B,), at least 0 and with a gradient for `masked`.
-        read: (the model's output, its arguments) -> a tensor (B, ...); by default the `logits`.
-        answer: what `read` gives -> (B, A), alike as long as the prediction stays; by default the largest entry of
-            the last dimension.
+        read: (the model's output, its arguments) -> a tensor (B,) or (B, ...), the same whatever a text is padded with;
+            by default the `logits` (B, C).
+        answer: what `read` gives -> (B, A), alike as long as the prediction stays; by default the largest of C.
     """
 
     distance: Callable[[Tensor, Tensor], Tensor]
@@ -296,11 +314,14 @@ class Own(Kind):
     answer: Callable[[Tensor], Tensor] | None = None
 
     def logits(self, output: Any, inputs: Inputs) -> Tables:
-        found = _tensor(output) if self.read is None else self.read(output, inputs)
-        if not isinstance(found, Tensor):
-            expected = "`logits`" if self.read is None else f"a tensor from `read`, got {type(found).__name__}"
-            raise _wrong(output, expected)
-        return (_wide(found),)
+        if self.read is None:
+            return (_logits(output, 2, "(B, C), or Own(..., read=...)"),)
+        found = self.read(output, inputs)
+        size = len(inputs["attention_mask"])
+        if not isinstance(found, Tensor) or found.dim() < 1 or len(found) != size:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise _wrong(output, f"a tensor ({size},) or ({size}, ...) from `read`, got {got}")
+        return (_wide(found).reshape(size, -1) if found.dim() == 1 else _wide(found),)
 
     def tables(self, output: Any, inputs: Inputs) -> Tables:
         return self.logits(output, inputs)
@@ -313,18 +334,24 @@ class Own(Kind):
         return found
 
     def answers(self, tables: Tables, allowed: Tensor | None = None) -> Tensor:
+        if self.answer is None and tables[0].shape[1:] == (1,):
+            raise ValueError("one number has no largest entry: say by Own(..., answer=...) when the prediction stays")
         found = tables[0].argmax(-1) if self.answer is None else self.answer(tables[0])
         return found.reshape(len(found), -1)
 
     def log_probability(self, tables: Tables, answers: Tensor) -> Tensor:
-        raise ValueError("an own kind of prediction has no probability: choose a method that needs none")
+        raise ValueError(
+            "an own kind of prediction gives its answers no probability, which integrated gradients, leaving one out "
+            "and faithfulness ask for: choose another method"
+        )
+
+    def words(self, answer: Sequence[float], name: Callable[[int], str]) -> str:
+        """The numbers: nobody knows what they stand for."""
+        return ", ".join(f"{one:.4g}" for one in answer)
 
     def scores(self, output: Any, tables: Tables, answers: Tensor) -> Tensor:
-        return answers.float()
-
-    def of_windows(self, scores: Tensor) -> Tensor:
-        """The answers of all windows, one behind the other."""
-        return scores.movedim(0, -2).flatten(-2)
+        """(B, 0) nothing: the answers of all windows count, one behind the other."""
+        return answers[:, :0].float()
 
     def row_sizes(self, tables: Tables, inputs: Inputs) -> None:
         return None
@@ -357,7 +384,7 @@ def kind_of(output: Any) -> Kind:
     if hasattr(output, "start_logits") and hasattr(output, "end_logits"):
         return Span()
     logits = _tensor(output)
-    if logits is None or logits.dim() > 2:
+    if logits is None or logits.dim() not in (1, 2):
         raise _wrong(
             output, "`start_logits` and `end_logits`, `logits` of shape (B, C) or (B,), or texts encoded with a `kind`"
         )
@@ -378,9 +405,15 @@ def kind_for(model: Any, tokenizer: Any = None) -> Kind | None:
         return Labels()
     if _is_one(model, "TOKEN_CLASSIFICATION"):
         return AtPositions("every")
-    if _is_one(model, "CAUSAL_LM"):
+    causal, masked = _is_one(model, "CAUSAL_LM"), _is_one(model, "MASKED_LM")
+    if causal and masked:
+        raise ValueError(
+            f"{name} may be a causal or a masked language model: encode the texts with kind=AtPositions("
+            '"last") or AtPositions(tokenizer.mask_token_id)'
+        )
+    if causal:
         return AtPositions("last")
-    if _is_one(model, "MASKED_LM"):
+    if masked:
         mask = getattr(tokenizer, "mask_token_id", None)
         if mask is None:
             raise ValueError(
@@ -388,7 +421,8 @@ def kind_for(model: Any, tokenizer: Any = None) -> Kind | None:
                 "them: encode the texts with kind=AtPositions(where)"
             )
         return AtPositions(mask)
-    if _is_one(model, "SEQUENCE_CLASSIFICATION") and getattr(config, "num_labels", None) == 1 and problem is None:
+    classifies = _is_one(model, "SEQUENCE_CLASSIFICATION") or _is_one(model, "IMAGE_CLASSIFICATION")
+    if classifies and getattr(config, "num_labels", None) == 1 and problem is None:
         raise ValueError(
             f"{name} has one output and no problem_type: it may be a number or a yes or no. Set model.config."
             'problem_type to "regression", or encode the texts with kind=Binary() or kind=Values()'

@@ -64,10 +64,11 @@ def language_model(
     return model.eval()
 
 
-def beginnings(passages: Sequence[str], count: int) -> list[str]:
-    """Prompts of 6 to 24 words, all from passages of their own."""
+def beginnings(passages: Sequence[str], count: int, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Prompts of 6 to 24 words that the model takes whole, all from passages of their own."""
     chosen = [passage.split() for passage in random.sample(passages, min(count, len(passages)))]
-    return [" ".join(words[: random.randint(6, 24)]) for words in chosen if len(words) > 6]
+    prompts = [" ".join(words[: random.randint(6, 24)]) for words in chosen if len(words) > 6]
+    return [prompt for prompt in prompts if len(tokenizer(prompt, verbose=False)["input_ids"]) <= BLOCK]
 
 
 def main() -> None:
@@ -91,12 +92,14 @@ def main() -> None:
     model = language_model(seen, tokenizer, steps, options.out)
 
     recipe = Recipe(tolerance=0.5, epochs=epochs, batch_size=16)
-    prompts = encode(tokenizer, beginnings(seen, count), model)  # a causal model: the kind is "what comes next"
+    prompts = encode(
+        tokenizer, beginnings(seen, count, tokenizer), model
+    )  # a causal model: the kind is "what comes next"
     probe = fresh_probe(model, prompts, recipe, "input")
     train_probe(model, probe, prompts, recipe, options.out / "probe", seed=options.seed)
     save_probe(probe.eval(), options.out / "probe.safetensors")
 
-    found = explain(model, probe, beginnings(unseen, 200), tokenizer)
+    found = explain(model, probe, beginnings(unseen, 200, tokenizer), tokenizer)
     found.save(options.out / "attributions.safetensors")
     rows = attribution_metrics(found)
     columns = ("site", "KL", "kept of the prompt", "same next word", *(f"{n} from the end" for n in (1, 2, 3, 5)))

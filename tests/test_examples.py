@@ -58,7 +58,7 @@ def test_a_causal_language_model(tmp_path: Path) -> None:
     lines = [" ".join(words[i] for i in torch.randint(len(words), (20,), generator=generator)) for _ in range(150)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
     found = run("causal_lm.py", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out"), "--quick")
-    assert "15 prompts that neither model nor probe has seen" in found
+    assert " prompts that neither model nor probe has seen" in found
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"prompt.png", "by_site.png", "report.html", "attributions.safetensors", "probe.safetensors"} <= written
 

@@ -160,8 +160,8 @@ def test_a_prediction_does_not_diverge_from_itself_and_is_the_same(kind: Kind, o
 
 @pytest.mark.parametrize(("kind", "output"), EVERY)
 def test_a_single_window_gives_the_answers_of_its_text(kind: Kind, output: Any) -> None:
-    if isinstance(kind, Span | AtPositions):
-        pytest.skip("found by place")
+    if isinstance(kind, Span | AtPositions | Own):
+        pytest.skip("found in another way")
     tables = kind.tables(output, inputs_of(REAL))
     answers = kind.answers(tables)
     assert torch.equal(kind.of_windows(kind.scores(output, tables, answers)[None]), answers)
@@ -238,7 +238,7 @@ def test_log_probabilities_of_answers() -> None:
     own = draw(3, 6, 4).log_softmax(-1).amax(-1)
     expected = torch.stack([row[:length].mean() for row, length in zip(own, (6, 3, 5), strict=True)])
     torch.testing.assert_close(kind.log_probability(tables, kind.answers(tables)), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="choose a method that needs none"):
+    with pytest.raises(ValueError, match="no probability, which integrated gradients"):
         Own(lambda p, q: p).log_probability((draw(3, 4),), answers)
 
 
@@ -260,8 +260,42 @@ def test_a_kind_of_ones_own_reads_and_answers() -> None:
     assert kind.divergence((table,), (table + 1,)).tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match=r"distance gave \(2, 3\); expected one number per example, \(2,\)"):
         Own(lambda p, q: p - q).divergence((table,), (table,))
-    with pytest.raises(TypeError, match="a tensor from `read`, got float"):
-        Own(lambda p, q: p, read=lambda output, inputs: 1.0).tables(None, inputs)
+    for read, got in ((1.0, "float"), (torch.tensor(1.0), r"\(\)"), (torch.zeros(3), r"\(3,\)")):
+        with pytest.raises(TypeError, match=rf"a tensor \(2,\) or \(2, ...\) from `read`, got {got}"):
+            Own(lambda p, q: p, read=lambda output, inputs, read=read: read).tables(None, inputs)
+
+
+def test_a_single_number_of_ones_own_needs_an_answer() -> None:
+    kind = Own(lambda p, q: (p - q).abs().sum(-1), read=lambda output, inputs: output[:, 0])
+    tables = kind.tables(torch.tensor([[1.5], [2.0]]), {"attention_mask": torch.ones(2, 3)})
+    assert tables[0].tolist() == [[1.5], [2.0]]
+    with pytest.raises(ValueError, match=r"say by Own\(..., answer=...\) when the prediction stays"):
+        kind.answers(tables)
+    assert Own(kind.distance, kind.read, torch.round).words([2.0], str) == "2"
+    with pytest.raises(TypeError, match=r"expected `logits` of shape \(B, C\), or Own\(..., read=...\)"):
+        Own(kind.distance).tables(torch.zeros(2, 3, 4), {"attention_mask": torch.ones(2, 3)})
+
+
+def test_a_word_that_is_ruled_out_is_no_error() -> None:
+    logits = draw(1, 2, 5)
+    logits[..., 3] = -torch.inf
+    kind, inputs = AtPositions("last"), {"attention_mask": torch.ones(1, 2)}
+    tables = kind.tables(logits, inputs)
+    expected = logits[:, -1, [0, 1, 2, 4]].log_softmax(-1)
+    torch.testing.assert_close(tables[0][:, 0, [0, 1, 2, 4]], expected, rtol=1e-6, atol=1e-6)
+    assert kind.divergence(tables, tables).item() == 0
+
+
+def test_only_places_that_are_there_are_asked() -> None:
+    tables = AtPositions(3).tables(draw(2, 4, 3), inputs_of(torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])))
+    assert AtPositions(3).asked(tables).tolist() == [True, False]
+    assert Classes().asked((draw(2, 3),)).tolist() == [True, True]
+
+
+def test_the_id_of_a_token_may_be_a_number_of_numpy() -> None:
+    import numpy as np
+
+    assert AtPositions(np.int64(4)) == AtPositions(4)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +315,14 @@ def test_the_kind_is_read_off_the_output(output: object, kind: Kind) -> None:
 
 @pytest.mark.parametrize(
     "output",
-    [torch.zeros(2, 3, 4), SimpleNamespace(logits=torch.zeros(2, 3, 4)), (torch.zeros(2),), None, "logits"],
+    [
+        torch.zeros(2, 3, 4),
+        torch.tensor(1.0),
+        SimpleNamespace(logits=torch.zeros(2, 3, 4)),
+        (torch.zeros(2),),
+        None,
+        "logits",
+    ],
 )
 def test_an_output_that_is_no_prediction_is_refused(output: object) -> None:
     with pytest.raises(TypeError, match=rf"the model's output \({type(output).__name__}.*\) is no prediction"):
@@ -323,9 +364,20 @@ def test_the_kind_is_that_which_the_model_was_made_for(
     assert kind_for(tiny_bert(head, **settings), tokenizer) == expected
 
 
+def transformers_model(name: str) -> Any:
+    """One of that class without anything in it but an empty configuration."""
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, name).__new__(getattr(transformers, name))
+    object.__setattr__(model, "config", SimpleNamespace())
+    return model
+
+
 def test_a_model_that_leaves_its_kind_open_is_refused(tiny_bert: Any) -> None:
     with pytest.raises(ValueError, match="BertForSequenceClassification has one output and no problem_type"):
         kind_for(tiny_bert(num_labels=1))
+    both = transformers_model("XLMWithLMHeadModel")
+    with pytest.raises(ValueError, match="may be a causal or a masked language model"):
+        kind_for(both)
     with pytest.raises(ValueError, match="its tokenizer has no mask token"):
         kind_for(tiny_bert("ForMaskedLM"), SimpleNamespace(mask_token_id=None))
     with pytest.raises(ValueError, match=r"problem_type is 'regression'.*Values\(\) or Labels\(\)"):
@@ -335,7 +387,7 @@ def test_a_model_that_leaves_its_kind_open_is_refused(tiny_bert: Any) -> None:
 
 
 def test_wrong_settings_of_a_kind_are_refused() -> None:
-    for scale in (0.0, -1.0, float("nan")):
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="scale is"):
             Values(scale)
     for where in ("first", True, 1.5, None):

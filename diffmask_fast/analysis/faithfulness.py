@@ -142,9 +142,11 @@ def faithfulness(
     home = state_moments(model, examples, [number], batch_size=batch_size)[number].mean
     device = next(model.parameters()).device
     totals = torch.zeros(len(keeps) + 1, len(steps), 3, dtype=torch.float64)
+    asked = 0
     with frozen(model), patch(model) as patched:
         for members in progress(examples.batches(batch_size), "faithfulness", show_progress):
             batch = read_batch(patched, examples, members, [number], device)
+            asked += int(batch.asked.sum())
             chance = [random_order(len(examples.tokens[i]), seed, i) for i in members]
             blank = [torch.zeros(len(order)) for order in chance]
             for line, keep in enumerate([*([own[i] for i in members] for own in keeps), blank]):
@@ -161,7 +163,7 @@ def faithfulness(
         tuple(rationales),
         tuple(
             _line(name, rows, len(shares), len(rationales))
-            for name, rows in zip(line_names(attributions), (totals / len(examples)).tolist(), strict=True)
+            for name, rows in zip(line_names(attributions), (totals / asked).tolist(), strict=True)
         ),
     )
 
@@ -235,11 +237,13 @@ def open_gates(ranks: Tensor, step: Step) -> Tensor:
 
 
 def compared(batch: Batch, masked: Prediction) -> Tensor:
-    """(B, 3): whether the prediction stays, KL in nats, and by how much the original answer's probability falls."""
+    """(B, 3): whether the prediction stays, KL in nats, and by how much the original answer's probability falls (at
+    several places their geometric mean, of numbers exp(-KL)). Of examples that have no prediction there is no row."""
     for table in masked.tables:
         check_finite(table, "a masked prediction")
     divergence = batch.divergence(masked).clamp(min=0)
     before, after = (
         batch.kind.log_probability(prediction.tables, batch.answers) for prediction in (batch.original, masked)
     )
-    return torch.stack([batch.keeps(masked), divergence, before.exp() - after.exp()], -1)
+    found = torch.stack([batch.keeps(masked), divergence, before.exp() - after.exp()], -1)
+    return found[batch.asked]

@@ -88,6 +88,11 @@ class Batch:
         """(B, A) what the model says about the whole texts."""
         return self.kind.answers(self.original.tables, self.allowed)
 
+    @cached_property
+    def asked(self) -> Tensor:
+        """(B,) bool, see `Kind.asked`."""
+        return self.kind.asked(self.original.tables)
+
     def keeps(self, prediction: Prediction, rows: Tensor | None = None) -> Tensor:
         """(B,) or (R,) bool: whether it is the original prediction still."""
         if rows is None:
@@ -178,6 +183,7 @@ def say(batch: Batch, lengths: list[int], masked: Iterable[Masked]) -> list[dict
             "details": {name: values[row] for name, values in details.items()},
             "divergence": divergence[row],
             "kind": batch.kind,
+            "asked": batch.asked[row].item(),
             "answers": found[row],
             "answer_scores": answer_scores[row],
         }

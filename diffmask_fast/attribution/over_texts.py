@@ -47,6 +47,8 @@ def over_texts(
         for batch in progress(processes.share(batches) if shared else batches, method, show_progress):
             rows |= zip(batch, read(batch), strict=True)
         if shared:
+            if texts.kind is not None:  # all have it, and functions in it could not travel
+                rows = {i: {**row, "kind": None} for i, row in rows.items()}
             rows = processes.gather(rows)
         names = [site.name for site in patched.sites]
     merged = [merge(texts, numbers, [rows[i] for i in numbers]) for numbers in members]

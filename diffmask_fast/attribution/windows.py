@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmask_fast.data import Examples, Window
-from diffmask_fast.predictions import AtPositions, Span
+from diffmask_fast.predictions import AtPositions, Kind, Own, Span
 
 
 def whole_texts(examples: Examples) -> list[list[int]]:
@@ -63,10 +63,10 @@ def merge(examples: Examples, numbers: list[int], rows: list[dict[str, Any]]) ->
         "keep": merge_keep(windows, [row["keep"] for row in rows]),
         "scores": merge_scores(windows, rows),
         "details": {name: torch.stack([row["details"][name] for row in rows]).mean(0) for name in rows[0]["details"]},
-        "divergence": torch.stack([row["divergence"] for row in rows]).mean(0),
+        "divergence": torch.stack([row["divergence"] for row in rows if row["asked"]]).mean(0),
         "original": words[0],
         "masked": words[1:],
-        "kept_prediction": rows[0]["kind"].same(answers[1:], answers[:1]),
+        "kept_prediction": kind_asked(examples, rows).same(answers[1:], answers[:1]),
     }
 
 
@@ -119,9 +119,12 @@ def merge_answers(
     comes from, or by the first of all if it stands in every window. Others follow from the scores, see
     `Kind.of_windows`: a class is the one with the highest mean probability over the windows.
     """
-    kind, found = rows[0]["kind"], [row["answers"] for row in rows]
+    kind, found = kind_asked(examples, rows), [row["answers"] for row in rows]
     if isinstance(kind, AtPositions):
         answers = _at_positions(kind, examples, numbers, windows, found)
+        return answers, [examples.describe(numbers[0], answer) for answer in answers.tolist()]
+    if isinstance(kind, Own):
+        answers = torch.cat(found, 1)
         return answers, [examples.describe(numbers[0], answer) for answer in answers.tolist()]
     scores = torch.stack([row["answer_scores"] for row in rows])  # (windows, 1 + S, ...)
     if not isinstance(kind, Span):
@@ -133,6 +136,11 @@ def merge_answers(
         spans.append([positions[token] for token in span])
         words.append(examples.describe(numbers[best], span))
     return torch.tensor(spans), words
+
+
+def kind_asked(examples: Examples, rows: list[dict[str, Any]]) -> Kind:
+    """The kind of the predictions in `rows`; one that the examples have does not travel with them, see `over_texts`."""
+    return examples.kind or rows[0]["kind"]
 
 
 def _at_positions(

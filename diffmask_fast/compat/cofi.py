@@ -48,7 +48,8 @@ class L0Module(nn.Module):
         magical_number: the factor of "top-k".
 
     Raises:
-        ValueError: an unknown name in `pruning_type`.
+        ValueError: an unknown name in `pruning_type`, or neither heads nor intermediate dimensions in it: their
+            parameters are what a sparsity is a share of.
     """
 
     def __init__(
@@ -64,8 +65,11 @@ class L0Module(nn.Module):
     ) -> None:
         super().__init__()
         asked = pruning_type.split("+")
-        if not set(asked) <= set(UNITS):
-            raise ValueError(f"pruning_type is {pruning_type!r}; expected names joined by +, of {', '.join(UNITS)}")
+        if not set(asked) <= set(UNITS) or not {"structured_heads", "structured_mlp"} & set(asked):
+            raise ValueError(
+                f"pruning_type is {pruning_type!r}; expected names joined by +, of {', '.join(UNITS)}, and the "
+                "first or the second among them"
+            )
         self.all_types = ["hidden_z", "intermediate_z", "mlp_z", "head_layer_z", "head_z"]
         self.pruning_type, self.temperature, self.magical_number = pruning_type, temperature, magical_number
         self.droprate_init = droprate_init or 0.5
@@ -146,20 +150,24 @@ class L0Module(nn.Module):
             score = torch.ones(self.num_hidden_layers, self.sizes[name], device=self.lambda_1.device)
         return score if name == "hidden" else score.reshape(self.num_hidden_layers, -1)
 
+    def _expected(self, name: str, layer: str) -> Tensor:
+        """How many heads or intermediate dimensions are expected to stay; 0 if they can't be pruned."""
+        return (self._score(layer) * self._score(name)).sum() * (name in self.z_logas)
+
     def get_num_parameters_for_mlp(self) -> Tensor:
-        return (self._score("mlp") * self._score("intermediate")).sum() * self.parameters_per_dim["intermediate"]
+        return self._expected("intermediate", "mlp") * self.parameters_per_dim["intermediate"]
 
     def get_num_parameters_and_constraint(self) -> Tensor:
-        """How many parameters are expected to stay, of heads and intermediate dimensions."""
-        heads = (self._score("head_layer") * self._score("head")).sum() * self.parameters_per_dim["head"]
-        return heads + self.get_num_parameters_for_mlp()
+        """How many parameters are expected to stay, of those heads and intermediate dimensions that are gated."""
+        return (
+            self._expected("head", "head_layer") * self.parameters_per_dim["head"] + self.get_num_parameters_for_mlp()
+        )
 
     def get_num_parameters_and_constraint_for_hidden(self) -> Tensor:
         """The same where hidden dimensions are gated too."""
         hidden = self._score("hidden").sum()
-        heads = (self._score("head_layer") * self._score("head")).sum()
-        inner = (self._score("mlp") * self._score("intermediate")).sum()
-        return hidden * heads * self.parameters_per_dim["head"] / self.hidden_size + hidden * inner * 2
+        heads = self._expected("head", "head_layer") * self.parameters_per_dim["head"] / self.hidden_size
+        return hidden * heads + hidden * self._expected("intermediate", "mlp") * 2
 
     def get_target_sparsity(self, pruned_steps: int) -> float:
         share = min(1.0, pruned_steps / self.lagrangian_warmup)
@@ -210,7 +218,8 @@ class L0Module(nn.Module):
         hidden = int(opened["hidden"].sum())
         head_nums = int((heads & opened["head_layer"][:, None]).sum()) * hidden
         inner_nums = int((inner & opened["mlp"][:, None]).sum()) * hidden
-        remaining = head_nums * self.dim_per_head * 4 + inner_nums * 2
+        remaining = head_nums * self.dim_per_head * 4 * ("head" in self.z_logas)
+        remaining += inner_nums * 2 * ("intermediate" in self.z_logas)
         pruned = self.prunable_model_size - remaining
 
         def counts(rows: Tensor) -> Sequence[int]:

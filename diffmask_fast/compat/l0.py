@@ -377,4 +377,5 @@ class MaskedLinear(nn.Linear):
         sizes = {"out_w_per_mask": out_w_per_mask, "in_w_per_mask": in_w_per_mask}
         made = cls(layer.in_features, layer.out_features, layer.bias is not None, **sizes)
         made.weight, made.bias = layer.weight, layer.bias
+        made.mask.to(layer.weight)
         return made

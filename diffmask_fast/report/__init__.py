@@ -25,9 +25,15 @@ def piece(token: str) -> tuple[bool, str]:
 WORD_BEGINS = ("Ġ", "▁")  # byte-level BPE, and SentencePiece
 
 
+def marks_beginnings(attribution: Attribution) -> bool:
+    """Whether the tokens are those of a tokenizer that marks where words begin, and not where they go on."""
+    tokens = attribution.tokens
+    return any(token.startswith(WORD_BEGINS) for token in tokens) and not any(piece(token)[0] for token in tokens)
+
+
 def pieces(attribution: Attribution) -> list[tuple[bool, str]]:
     """`piece` of each token, by the marks that this text has: some tokenizers mark what begins a word instead."""
-    if not any(token.startswith(WORD_BEGINS) for token in attribution.tokens):
+    if not marks_beginnings(attribution):
         return [piece(token) for token in attribution.tokens]
     shown, special_before = [], True
     for token, segment in zip(attribution.tokens, attribution.segments.tolist(), strict=True):

@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from diffmask_fast.attribution import SEGMENT_NAMES, Attribution, Attributions
-from diffmask_fast.report import WORD_BEGINS, has_two_segments, printable, require_many, require_one
+from diffmask_fast.report import WORD_BEGINS, has_two_segments, marks_beginnings, printable, require_many, require_one
 from diffmask_fast.report.canvas import blank, saved
 from diffmask_fast.report.charts import Line, curves
 
@@ -46,7 +46,7 @@ def heatmap(attribution: Attribution, path: str | os.PathLike[str] | None = None
     require_one(attribution)
     rows = math.ceil(len(attribution) / TOKENS_PER_ROW)
     width = math.ceil(len(attribution) / rows)  # balanced: no last row of two tokens
-    begins = WORD_BEGINS if any(token.startswith(WORD_BEGINS) for token in attribution.tokens) else ()
+    begins = WORD_BEGINS if marks_beginnings(attribution) else ()
     words = [token[1:] if len(token) > 1 and token.startswith(begins) else token for token in attribution.tokens]
     shown = [_cut(printable(word), LONGEST_TOKEN) for word in words]
     # in inches; axes are placed by hand so that every cell is the same size in every row and figure

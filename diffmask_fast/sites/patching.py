@@ -66,9 +66,8 @@ class Patched:
         self._chain = [k for k, (_, in_chain) in enumerate(expanded) if in_chain]
         self._model: nn.Module | None = model
         sees = getattr(model, "main_input_name", "") == "pixel_values"
-        named = inspect.signature(model.forward).parameters
         # a picture has no padding, and its model no argument for it
-        self._not_taken = {"attention_mask"} - set(named) if sees else set()
+        self._not_taken = {"attention_mask"} - set(inspect.signature(model.forward).parameters) if sees else set()
         self._modules = [model.get_submodule(site.module) for site in self.sites]
         self._enclosing = _enclosing(model, self.sites)
         self._parts = [model.get_submodule(site.within) if site.within else None for site in self.sites]

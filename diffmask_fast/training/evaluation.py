@@ -48,20 +48,20 @@ def sampled_metrics(
         check_fit(patched, probe)
         batches = [(i, batch, draw_seed(generator)) for i, batch in enumerate(examples.batches(batch_size))]
         for i, numbers, drawn in progress(processes.share(batches) if shared else batches, "evaluate", show_progress):
-            totals[i] = torch.zeros(probe.num_sites, 3, dtype=torch.float64)
+            totals[i] = torch.zeros(probe.num_sites, 4, dtype=torch.float64)
             batch = read_batch(patched, examples, numbers, range(probe.num_sites), next(probe.parameters()).device)
             for site, gates in enumerate(_draw(probe, batch.states, drawn.to(batch.real.device))):
                 target = probe.target(site)
                 masked = batch.predict(target, batch.mixed(target, gates, probe.baseline(site)))
                 kept = batch.keeps(masked)
                 opened = ((gates != 0) * batch.real).sum(-1) / batch.real.sum(-1)
-                rows = torch.stack([batch.divergence(masked), opened, kept.float()])
-                totals[i][site] = rows.double().sum(-1).cpu()
+                rows = torch.stack([batch.divergence(masked), opened, kept.float(), torch.ones_like(opened)])
+                totals[i][site] = (rows * batch.asked).double().sum(-1).cpu()
     if shared:
         totals = processes.gather(totals)
     names = ("sampled_kl", "sampled_open", "sampled_kept_prediction")
-    means = torch.stack([totals[i] for i in sorted(totals)]).sum(0) / len(examples)
-    return [dict(zip(names, row, strict=True)) for row in means.tolist()]
+    sums = torch.stack([totals[i] for i in sorted(totals)]).sum(0)
+    return [dict(zip(names, row, strict=True)) for row in (sums[:, :3] / sums[:, 3:]).tolist()]
 
 
 def _draw(probe: Probe, states: dict[int, Tensor], seed: Tensor) -> list[Tensor]:

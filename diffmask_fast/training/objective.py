@@ -89,11 +89,16 @@ class Objective(nn.Module):
         kind = self.kind or kind_of(masked_output)
         divergence = kind.divergence(original, kind.tables(masked_output, inputs))
         sparsity = (sparsity * real).sum(-1) / real.sum(-1)
-        loss = self.multipliers.penalised(sparsity, divergence, sites).mean()
+        opened = ((gates != 0) * real).sum(-1) / real.sum(-1)
+        asked = kind.asked(original)
+        if not asked.all():  # what has no prediction could do without every token
+            sparsity, divergence, sites, opened = (each[asked] for each in (sparsity, divergence, sites, opened))
+        terms = self.multipliers.penalised(sparsity, divergence, sites)
+        loss = terms.mean() if len(terms) else 0 * gates.sum()
         check_finite(loss)
         if self.training:
             self.multipliers.observe(divergence, sites)
-        self.statistics.add(sites, divergence, ((gates != 0) * real).sum(-1) / real.sum(-1))
+        self.statistics.add(sites, divergence, opened)
         return {"loss": loss}
 
     def set_progress(self, progress: float) -> None:

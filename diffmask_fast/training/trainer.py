@@ -265,8 +265,9 @@ def train_probe(
         stack.enter_context(running_in(model, dtype, longest))
         patched = stack.enter_context(patch(model))
         remembered = remembered_for(patched, model, examples, predictions or output_dir)
-        if remembered is not None and not quiet and args.process_index == 0:
-            print(f"original predictions are remembered in {remembered.path} ({remembered.nbytes / 1e6:.1f} MB)")
+        if not quiet and args.process_index == 0:
+            where = f"in {remembered.path} ({remembered.nbytes / 1e6:.1f} MB)" if remembered else "nowhere"
+            print(f"original predictions are remembered {where}")
         if compile:
             stack.enter_context(compiled(patched.layers))
         if checkpoint_layers:

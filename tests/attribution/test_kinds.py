@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ import pytest
 import torch
 from tiny_probe import TOLERANCE, a_probe
 
+from diffmask_fast.analysis.faithfulness import faithfulness
 from diffmask_fast.attribution.attribute import attribute
 from diffmask_fast.attribution.explain import explain
 from diffmask_fast.attribution.methods import METHODS
-from diffmask_fast.data import Examples, encode
-from diffmask_fast.images import encode_images
-from diffmask_fast.predictions import AtPositions, Binary, Own, Values
+from diffmask_fast.data import Examples, TooLongError, encode
+from diffmask_fast.images import encode_images, whole_picture
+from diffmask_fast.masking import frozen
+from diffmask_fast.predictions import AtPositions, Binary, Classes, Own, Values
+from diffmask_fast.sites import patch
 from diffmask_fast.training.evaluation import sampled_metrics
+from diffmask_fast.training.objective import Objective
 from diffmask_fast.training.recipe import Recipe
 from diffmask_fast.training.trainer import fresh_probe, train_probe
 
@@ -117,7 +122,7 @@ def test_every_method_explains_it(method: str, asked: Any, tokenizer: Any) -> No
     options: dict[str, Any] = {"steps": 10} if method in learns else {}
     examples = encode(tokenizer, TEXTS, model, kind=kind)
     if isinstance(kind, Own) and method in ("integrated-gradients", "leave-one-out"):
-        with pytest.raises(ValueError, match="has no probability: choose a method that needs none"):
+        with pytest.raises(ValueError, match="gives its answers no probability"):
             attribute(model, examples, method=method)
         return
     found = attribute(model, examples, method=method, sites=["layer 1"], **options)
@@ -172,6 +177,36 @@ def test_texts_without_a_place_are_refused(tiny_bert: Any, tokenizer: Any) -> No
     nowhere = AtPositions(lambda inputs: inputs["input_ids"] < 0)
     with pytest.raises(ValueError, match="text 0 has nowhere a place at which the model is asked"):
         encode(tokenizer, ["a fine film"], tiny_bert("ForTokenClassification"), kind=nowhere)
+
+
+def test_a_prompt_that_the_model_does_not_take_whole_is_refused(tiny_bert: Any, tokenizer: Any) -> None:
+    with pytest.raises(TooLongError, match=r"text 0 has \d+ tokens, more than the model takes.*give the end of it"):
+        encode(tokenizer, LONG, tiny_bert("LMHeadModel", is_decoder=True))
+
+
+def test_windows_without_a_place_say_nothing(tiny_bert: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Neither for the divergence of the text, nor for how faithful a method is, nor for what a probe learns."""
+    model = tiny_bert("ForMaskedLM")
+    text = "a [MASK] film " + LONG[0].replace("[MASK]", "old")
+    examples = encode(tokenizer, [text], model, 6)
+    places = [item["input_ids"].count(tokenizer.mask_token_id) for item in examples.inputs]
+    assert places[0] == 1 and sum(places) == 1 and len(places) > 2
+    probe = a_probe("hidden")
+    alone = explain(model, probe, replace(examples.select([0]), windows=None))
+    whole = explain(model, probe, examples)
+    torch.testing.assert_close(whole.divergence, alone.divergence, rtol=TOLERANCE, atol=TOLERANCE)
+    metrics, first = (sampled_metrics(model, probe, one) for one in (examples, examples.select([0])))
+    assert [row["sampled_open"] <= 1 for row in metrics] == [True] * 4 and len(metrics) == len(first)
+    closed = faithfulness(model, examples, [whole], shares=(0.0, 1.0))
+    assert closed.lines[0].kept_prediction[-1] in (0.0, 1.0)  # of one prediction and not of several windows
+    with frozen(model), patch(model) as patched:
+        fresh = fresh_probe(model, examples, QUICK, "hidden", width=8)
+        objective = Objective(patched, fresh, QUICK, kind=examples.kind)
+        loss = objective(**examples.collate([examples[1], examples[2]]))["loss"]
+        loss.backward()
+        assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in fresh.parameters())
+        objective(**examples.collate([examples[0], examples[1]]))["loss"].backward()
+        assert any(p.grad is not None and p.grad.any() for p in fresh.parameters())
 
 
 def test_a_regression_without_a_kind_is_refused_at_every_door(tiny_bert: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -258,3 +293,42 @@ def test_what_is_no_picture_is_refused(pixels: Any, error: type[Exception], word
 def test_a_model_that_sees_nothing_is_refused(classifier: Any) -> None:
     with pytest.raises(ValueError, match="BertForSequenceClassification reads no pictures"):
         encode_images(torch.zeros(1, 3, 24, 24), classifier)
+
+
+def test_a_kind_that_somebody_else_wrote_is_not_remembered(classifier: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Two of them may look alike and read other things."""
+
+    class Warm(Classes):
+        pass
+
+    texts = ["a fine film", "dull"]
+    for kind, remembered in ((Warm(), False), (Classes(), True)):
+        examples = encode(tokenizer, texts, classifier, kind=kind)
+        probe = fresh_probe(classifier, examples, QUICK, "input", width=8)
+        objective = train_probe(classifier, probe, examples, QUICK, tmp_path / str(remembered), quiet=True)
+        assert (objective.remembered is not None) == remembered
+
+
+def test_pictures_in_sixteen_bits_are_explained(vit: Any, pictures: Examples) -> None:
+    half = copy.deepcopy(vit).bfloat16()
+    pixels = torch.stack([item["pixel_values"] for item in pictures.inputs]).bfloat16()
+    found = attribute(half, encode_images(pixels, half), method="schulz", sites=["layer 1"], steps=3)
+    assert len(found) == 4
+
+
+def test_tokens_of_the_whole_picture_are_named() -> None:
+    config = transformers.ViTConfig()
+    assert whole_picture(config, 1) == ["[CLS]"] and whole_picture(config, 0) == []
+    assert whole_picture(transformers.DeiTConfig(), 2) == ["[CLS]", "[DIST]"]
+    config.num_register_tokens = 2
+    assert whole_picture(config, 3) == ["[CLS]", "[REG0]", "[REG1]"]
+
+
+def test_a_model_whose_sites_have_other_tokens_is_refused() -> None:
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2
+    )
+    model = transformers.SwinForImageClassification(config).eval()
+    with pytest.raises(ValueError, match="expected one row of tokens at all sites"):
+        encode_images(torch.zeros(1, 3, 16, 16), model)

@@ -104,6 +104,7 @@ def rows_of(
             "scores": None,
             "details": {"forwards": torch.arange(len(score) - 1) + 4.0 * i},
             "kind": kind,
+            "asked": True,
             "answer_scores": torch.tensor(score),
             "answers": torch.tensor(answer),
         }

@@ -138,5 +138,19 @@ def test_the_size_of_what_is_left() -> None:
 def test_an_encoder_that_names_its_inner_width_otherwise_and_a_wrong_type() -> None:
     other = SimpleNamespace(**{**vars(CONFIG), "intermediate_size": None, "ffn_dim": 20})
     assert L0Module(other).int_loga.shape == (LAYERS, 20)
-    with pytest.raises(ValueError, match="pruning_type is 'heads'; expected names joined by"):
-        L0Module(CONFIG, pruning_type="heads")
+    for wrong in ("heads", "hidden+layer"):
+        with pytest.raises(ValueError, match=r"pruning_type is '.*'; expected names joined by"):
+            L0Module(CONFIG, pruning_type=wrong)
+
+
+@pytest.mark.parametrize("pruning_type", ["structured_heads", "structured_mlp+layer", "structured_heads+hidden"])
+def test_a_share_is_of_what_can_be_pruned(pruning_type: str) -> None:
+    """The published module counts what it can't prune as left over of what it can, where it does not raise."""
+    made = L0Module(CONFIG, pruning_type=pruning_type)
+    for loga in made.z_logas.values():
+        loga.data.fill_(50.0)
+    _, sparsity, _ = made.lagrangian_regularization(0)
+    # without the biases, which the sizes of heads and dimensions leave out in part, nothing is pruned
+    assert 0 <= sparsity.item() < 0.3
+    report = made.calculate_model_size(made(training=False))
+    assert 0 <= report["remaining_params"] <= made.prunable_model_size

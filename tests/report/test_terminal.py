@@ -192,5 +192,16 @@ def test_where_words_begin_with_a_mark_what_has_none_goes_on_with_one(mark: str,
     assert "unbelievable" in file.getvalue().replace("{", "").replace("}", "")
 
 
+def test_a_letter_that_looks_like_a_mark_is_none_among_word_pieces(sst: Attributions) -> None:
+    tokens = ["[CLS]", "Ġ", "##or", "##ġ", "lives", "[SEP]"]
+    one = replace(
+        sst[:1],
+        tokens=[tokens],
+        keep=torch.ones(6, len(sst.site_names)),
+        segments=torch.tensor([0, 1, 1, 1, 1, 0], dtype=torch.int8),
+    )[0]
+    assert pieces(one) == [piece(token) for token in tokens]
+
+
 def test_printable_leaves_ordinary_writing_alone() -> None:
     assert printable("Straße, 東京, 👍 $_\\") == "Straße, 東京, 👍 $_\\"

@@ -57,7 +57,8 @@ def noise_of(batch: Batch, like: Tensor, seed: int) -> Callable[[], Tensor]:
     streams = []
     read = batch.inputs["input_ids" if "input_ids" in batch.inputs else "pixel_values"].cpu()
     for row, length in zip(read, lengths, strict=True):
-        key = crc32((row[:length] if row.dim() == 1 else row).contiguous().numpy().tobytes(), seed % 2**32)
+        raw = (row[:length] if row.dim() == 1 else row).contiguous().view(torch.uint8)  # NumPy has no bfloat16
+        key = crc32(raw.numpy().tobytes(), seed % 2**32)
         streams.append(torch.Generator(like.device).manual_seed(key))
 
     def draw() -> Tensor:
