@@ -241,9 +241,11 @@ def test_a_run_on_real_questions_and_a_real_model_leaves_sound_metrics(shared: P
 
 SHARED_OUT = """
 import sys, torch
+from dataclasses import replace
 from diffmask_fast import explain, load_probe, processes
 from diffmask_fast.data import encode
 from diffmask_fast.models import load_for
+from diffmask_fast.predictions import Own
 from diffmask_fast.runs import write_json
 from diffmask_fast.tasks.squad import read_squad
 from diffmask_fast.training.evaluation import sampled_metrics
@@ -253,11 +255,16 @@ torch.set_num_threads(1)
 model = load_for(folder)
 texts = encode(AutoTokenizer.from_pretrained(folder), read_squad(questions), model)
 asked = model, load_probe(probe), texts
+# of a kind whose functions can't be sent to another process
+own = Own(lambda p, q: (p - q).square().sum(-1), lambda output, _: output.start_logits.amax(-1), lambda read: read > 0)
+asked_otherwise = model, load_probe(probe), replace(texts, kind=own)
+otherwise = explain(*asked_otherwise, batch_size=1)
 alone = explain(*asked, batch_size=1), sampled_metrics(*asked, batch_size=1)
 torch.distributed.init_process_group("gloo")
 assert len(processes.share(texts.batches(1))) < len(texts.batches(1))
 both = explain(*asked, batch_size=1, shared=True), sampled_metrics(*asked, batch_size=1, shared=True)
 assert both[0].to_dict() == alone[0].to_dict() and both[1] == alone[1]
+assert explain(*asked_otherwise, batch_size=1, shared=True).to_dict() == otherwise.to_dict()
 if processes.is_first():
     write_json(out, len(both[0]))
 torch.distributed.barrier()
