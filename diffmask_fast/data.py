@@ -168,7 +168,8 @@ def encode(
             raise TypeError(f"text {i}: expected a text or a pair of texts, got {repr(text)[:80]}")
         if not all(part.strip() for part in parts):
             raise ValueError(f"text {i} is empty: leave it out")
-    require_kind(model, kind or (kind := kind_for(model, tokenizer)))
+    kind = kind_for(model, tokenizer) if kind is None else kind
+    require_kind(model, kind)
     limit = length_limit(tokenizer, model)
     if stride is not None and (not isinstance(stride, int) or isinstance(stride, bool)):
         raise TypeError(f"stride: expected a number of tokens, got {stride!r}")

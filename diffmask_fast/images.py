@@ -37,7 +37,8 @@ def encode_images(pixels: Tensor, model: Any, kind: Kind | None = None) -> Examp
             f"pixels has the shape {tuple(pixels.shape)}; expected (N, channels, height, width) with N of 1 or more, "
             "and neither NaN nor infinity"
         )
-    require_kind(model, kind or (kind := kind_for(model)))
+    kind = kind_for(model) if kind is None else kind
+    require_kind(model, kind)
     size = getattr(getattr(model, "config", None), "patch_size", None)
     if size is None or getattr(model, "main_input_name", "") != "pixel_values":
         raise ValueError(f"{type(model).__name__} reads no pictures as patches: give a model such as ViT")

@@ -236,16 +236,11 @@ class AtPositions(Kind):
     where: str | int | Callable[[Inputs], Tensor] = "every"
 
     def __post_init__(self) -> None:
-        if not callable(self.where) and self.where not in ("every", "last"):
-            try:
-                known = not isinstance(self.where, bool)
-                object.__setattr__(self, "where", operator.index(self.where))  # type: ignore[arg-type]
-            except TypeError:
-                known = False
-        else:
-            known = True
-        if not known:
+        if callable(self.where) or self.where in ("every", "last"):
+            return
+        if isinstance(self.where, str | bool) or not hasattr(self.where, "__index__"):
             raise ValueError(f'where is {self.where!r}; expected "every", "last", the id of a token, or a function')
+        object.__setattr__(self, "where", operator.index(self.where))
 
     def chosen(self, inputs: Inputs) -> Tensor:
         """(B, T) bool, the places."""
