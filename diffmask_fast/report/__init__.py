@@ -38,9 +38,14 @@ def pieces(attribution: Attribution) -> list[tuple[bool, str]]:
     shown, special_before = [], True
     for token, segment in zip(attribution.tokens, attribution.segments.tolist(), strict=True):
         begins = token.startswith(WORD_BEGINS) or special_before or segment == 0
-        shown.append((not begins, token[1:] if len(token) > 1 and token.startswith(WORD_BEGINS) else token))
+        shown.append((not begins, without_mark(token)))
         special_before = segment == 0
     return shown
+
+
+def without_mark(token: str) -> str:
+    """A token without what says that it begins a word; the mark alone is left as it is."""
+    return token[1:] if len(token) > 1 and token.startswith(WORD_BEGINS) else token
 
 
 def has_two_segments(attributions: Attributions) -> bool:

@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from diffmask_fast.attribution import SEGMENT_NAMES, Attribution, Attributions
-from diffmask_fast.report import WORD_BEGINS, has_two_segments, marks_beginnings, printable, require_many, require_one
+from diffmask_fast.report import has_two_segments, marks_beginnings, printable, require_many, require_one, without_mark
 from diffmask_fast.report.canvas import blank, saved
 from diffmask_fast.report.charts import Line, curves
 
@@ -46,8 +46,9 @@ def heatmap(attribution: Attribution, path: str | os.PathLike[str] | None = None
     require_one(attribution)
     rows = math.ceil(len(attribution) / TOKENS_PER_ROW)
     width = math.ceil(len(attribution) / rows)  # balanced: no last row of two tokens
-    begins = WORD_BEGINS if marks_beginnings(attribution) else ()
-    words = [token[1:] if len(token) > 1 and token.startswith(begins) else token for token in attribution.tokens]
+    words = attribution.tokens
+    if marks_beginnings(attribution):
+        words = [without_mark(token) for token in words]
     shown = [_cut(printable(word), LONGEST_TOKEN) for word in words]
     # in inches; axes are placed by hand so that every cell is the same size in every row and figure
     left = _LETTER * max(len(name) for name in attribution.site_names) + 0.3

@@ -96,10 +96,11 @@ def _data(attributions: Attributions, title: str) -> dict[str, Any]:
 
 
 def _text(text: Attribution) -> dict[str, Any]:
+    shown = pieces(text)
     return {
         "tokens": text.tokens,
-        "shown": {i: shown for i, (_, shown) in enumerate(pieces(text)) if shown != text.tokens[i]},
-        "joins": "".join(str(int(continues)) for continues, _ in pieces(text)),
+        "shown": {i: words for i, (_, words) in enumerate(shown) if words != text.tokens[i]},
+        "joins": "".join(str(int(continues)) for continues, _ in shown),
         "segments": "".join(map(str, text.segments.tolist())),
         "keep": _packed(text.keep),
         "kl": _rounded(text.divergence),

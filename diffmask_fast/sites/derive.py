@@ -52,6 +52,11 @@ def derive(model: nn.Module, whole: nn.Module) -> Derived | None:
     return Derived(stack, embedding, (_common(stack, embedding) or ".") if shared else "")
 
 
+def reads_pictures(model: Any) -> bool:
+    """Whether pictures are what a Hugging Face model takes first."""
+    return getattr(model, "main_input_name", "") == "pixel_values"
+
+
 def hands_on(layer: nn.Module) -> bool:
     """Whether the layers of a stack get more than the state from the first, which makes it: T5's position bias."""
     return "position_bias" in inspect.signature(type(layer).forward).parameters
@@ -66,8 +71,9 @@ def _input_embedding(model: Any) -> nn.Module | None:
         return None
     if isinstance(embedding, nn.Embedding):
         return embedding
-    sees = getattr(model, "main_input_name", "") == "pixel_values"
-    return embedding if isinstance(embedding, nn.Module) and not isinstance(embedding, _ConvNd) and not sees else None
+    if reads_pictures(model) or not isinstance(embedding, nn.Module) or isinstance(embedding, _ConvNd):
+        return None
+    return embedding
 
 
 def _paths_of(model: nn.Module, module: nn.Module | None) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .derive import hands_on
+from .derive import hands_on, reads_pictures
 from .entries import argument_name, emptied, entry, others, state_at, with_entry
 from .registry import Site, expand, listing
 
@@ -65,9 +65,9 @@ class Patched:
         self.sites: tuple[Site, ...] = tuple(site for site, _ in expanded)
         self._chain = [k for k, (_, in_chain) in enumerate(expanded) if in_chain]
         self._model: nn.Module | None = model
-        sees = getattr(model, "main_input_name", "") == "pixel_values"
-        # a picture has no padding, and its model no argument for it
-        self._not_taken = {"attention_mask"} - set(inspect.signature(model.forward).parameters) if sees else set()
+        self._not_taken: set[str] = set()
+        if reads_pictures(model):  # which have no padding, and most models no argument for it
+            self._not_taken = {"attention_mask"} - set(inspect.signature(model.forward).parameters)
         self._modules = [model.get_submodule(site.module) for site in self.sites]
         self._enclosing = _enclosing(model, self.sites)
         self._parts = [model.get_submodule(site.within) if site.within else None for site in self.sites]
