@@ -272,6 +272,7 @@ def test_a_single_number_of_ones_own_needs_an_answer() -> None:
     with pytest.raises(ValueError, match=r"say by Own\(..., answer=...\) when the prediction stays"):
         kind.answers(tables)
     assert Own(kind.distance, kind.read, torch.round).words([2.0], str) == "2"
+    assert Own(kind.distance, kind.read, torch.round).words([-0.0], str) == "0"
     with pytest.raises(TypeError, match=r"expected `logits` of shape \(B, C\), or Own\(..., read=...\)"):
         Own(kind.distance).tables(torch.zeros(2, 3, 4), {"attention_mask": torch.ones(2, 3)})
 
