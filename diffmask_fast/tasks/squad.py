@@ -25,7 +25,7 @@ _PUBLISHED = replace(PUBLISHED, warmup_steps=1200, epochs=1)
 RECIPES = {
     # all gates up to a site multiply: what is pulled at low sites, which need every token, costs the sites above
     "input": {
-        "steady": Recipe(margin=0.55, bound_until=0.3, pull_until=0.4, epochs=2.5),
+        "steady": Recipe(margin=0.55, bound_until=0.25, pull_until=0.2, epochs=3.0),
         "published": _PUBLISHED,
     },
     "hidden": {"steady": Recipe(), "published": _PUBLISHED},
