@@ -21,15 +21,7 @@ from diffmask_fast.models import load_for
 from diffmask_fast.probes import save_probe
 from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
 
-_PUBLISHED = replace(PUBLISHED, warmup_steps=1200, epochs=1)
-RECIPES = {
-    # all gates up to a site multiply: what is pulled at low sites, which need every token, costs the sites above
-    "input": {
-        "steady": Recipe(margin=0.55, bound_until=0.25, pull_until=0.2, epochs=3.0),
-        "published": _PUBLISHED,
-    },
-    "hidden": {"steady": Recipe(), "published": _PUBLISHED},
-}
+RECIPES = {"steady": Recipe(), "published": replace(PUBLISHED, warmup_steps=1200, epochs=1)}
 # what is shown of each site's metrics
 COLUMNS = ("sampled_kl", "sampled_open", "kl", "open", "open_question", "open_passage", "kept_prediction")
 
@@ -177,7 +169,7 @@ def run(
         out: folder for everything that the run leaves.
         masking: "input" or "hidden".
         seed: of everything drawn.
-        recipe: a name in `RECIPES[masking]`.
+        recipe: a name in `RECIPES`.
         resume: go on with the run in `out`.
         bf16: run the frozen model in bfloat16 while training; it is measured in float32.
         limit: use only so many questions of each file.
@@ -192,9 +184,7 @@ def run(
         how many of them were `windowed`, being longer than the model takes, and how many `windows` those became.
     """
     start = time.monotonic()
-    if masking not in RECIPES:
-        raise ValueError(f"masking is {masking!r}; expected one of {', '.join(RECIPES)}")
-    chosen = recipe_named(recipe, RECIPES[masking])
+    chosen = recipe_named(recipe, RECIPES)
     if epochs is not None:
         chosen = replace(chosen, epochs=epochs)
     config = {

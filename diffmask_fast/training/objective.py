@@ -25,6 +25,7 @@ from diffmask_fast.training.multipliers import multipliers_for
 from diffmask_fast.training.recipe import Recipe
 from diffmask_fast.training.remembered import RememberedPredictions
 
+GROWN = 0.4  # the share of the training after which the heads' bound is the final one
 ALWAYS_OPEN = 1e4  # a logit whose gate is exactly 1, its log P(z != 0) exactly 0 and its gradient 0
 
 
@@ -103,11 +104,10 @@ class Objective(nn.Module):
     def set_progress(self, progress: float) -> None:
         """Set what changes in the course of a training that is `progress` (0 to 1) done: the heads' bound, and the
         pull on open gates."""
-        recipe = self.recipe
-        self.pull = recipe.pull * max(0.0, 1 - progress / recipe.pull_until)
-        if recipe.initial_bound is not None:
-            grown = min(1.0, progress / recipe.bound_until)
-            self.probe.set_bound(recipe.initial_bound + (recipe.bound - recipe.initial_bound) * grown)
+        self.pull = self.recipe.pull * (1 - progress)
+        final, initial = self.recipe.bound, self.recipe.initial_bound
+        if initial is not None:
+            self.probe.set_bound(initial + (final - initial) * min(1.0, progress / GROWN))
 
     def draw_sites(self, examples: int) -> Tensor:
         """(B,) the deepest site that the probe may look at, for each example."""

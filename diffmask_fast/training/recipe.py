@@ -32,13 +32,10 @@ class Recipe:
         margin: the share of the tolerance that the controller aims at: the constraint is to hold on texts that the
             probe was not trained on, where the divergence is larger.
         bias, bound: of the gate heads, see `GateHead`.
-        initial_bound: the bound at the start; None keeps it constant. A gate that is shut gets no gradient, so none
-            must be before much is learned.
-        bound_until: the share of the training in which the bound grows from `initial_bound` to `bound`.
-        pull: the least that the sparsity's gradient for a logit is at the start. The gradient itself, 1 - P(z != 0),
-            would leave gates that are nearly open where they are.
-        pull_until: the share of the training in which the pull fades to 0. While it lasts, sites that can't spare a
-            token drop some now and then, and so cost the sites above them.
+        initial_bound: the bound at the start; it reaches `bound` when 0.4 of the training is done. None keeps it
+            constant. A gate that is shut gets no gradient, so none must be before much is learned.
+        pull: the least that the sparsity's gradient for a logit is at the start, fading to 0 at the end. The gradient
+            itself, 1 - P(z != 0), would leave gates that are nearly open where they are.
         draw: "batch" draws one site for all examples of a step, "example" one for each, the oftener the further a site
             is over the tolerance.
         credit: "all" lets the sparsity of a site train the gates of all sites that multiply there; "own" lets it
@@ -61,9 +58,7 @@ class Recipe:
     bias: float = 5.0
     bound: float = 10.0
     initial_bound: float | None = 3.0
-    bound_until: float = 0.4
     pull: float = 0.25
-    pull_until: float = 1.0
     draw: str = "example"
     credit: str = "own"
     multiplier: str = "control"
@@ -87,9 +82,6 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0")
         if not 0 <= self.pull <= 1:
             raise ValueError(f"pull is {self.pull!r}; expected a number from 0 to 1")
-        for name in ("bound_until", "pull_until"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a share of the training, above 0 to 1")
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -158,18 +158,3 @@ def test_a_shared_multiplier_is_one_for_all_sites_and_sees_the_mean_of_all_examp
         one.observe(torch.tensor([torch.tensor(divergences).mean()]), torch.zeros(1, dtype=torch.int64))
     torch.testing.assert_close(shared.current(), one.current().expand(3))
     assert shared.urgency().unique().numel() == 1
-
-
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"draw": "token"}, "draw is 'token'; expected one of batch, example"),
-        ({"margin": 0.0}, "margin is 0.0; expected a number above 0"),
-        ({"pull": 1.5}, "pull is 1.5; expected a number from 0 to 1"),
-        ({"bound_until": 0.0}, "bound_until is 0.0; expected a share of the training"),
-        ({"pull_until": float("nan")}, "pull_until is nan; expected a share of the training"),
-    ],
-)
-def test_a_recipe_says_which_number_is_wrong(wrong: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Recipe(**wrong)
