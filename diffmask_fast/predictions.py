@@ -219,7 +219,7 @@ class Values(Kind):
         return scores.mean(0).squeeze(-2) * self.scale
 
     def words(self, answer: Sequence[float], name: Callable[[int], str]) -> str:
-        return ", ".join(f"{one + 0.0:.4g}" for one in answer)  # no "-0"
+        return _numbers(answer)
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ class Own(Kind):
 
     def words(self, answer: Sequence[float], name: Callable[[int], str]) -> str:
         """The numbers: nobody knows what they stand for."""
-        return ", ".join(f"{one + 0.0:.4g}" for one in answer)  # no "-0"
+        return _numbers(answer)
 
     def scores(self, output: Any, tables: Tables, answers: Tensor) -> Tensor:
         """(B, 0) nothing: the answers of all windows count, one behind the other."""
@@ -350,6 +350,10 @@ class Own(Kind):
 
     def row_sizes(self, tables: Tables, inputs: Inputs) -> None:
         return None
+
+
+def _numbers(answer: Sequence[float]) -> str:
+    return ", ".join(f"{one + 0.0:.4g}" for one in answer)  # no "-0"
 
 
 def require_kind(model: Any, kind: Kind | None) -> None:
