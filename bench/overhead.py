@@ -105,7 +105,7 @@ def watched(clock: Clock) -> Iterator[None]:
 
 def rows_of(model: Any, examples: Examples, masking: str, name: str, rounds: int, folder: str) -> list[dict]:
     """One row for the first epoch and one for the second, of `rounds` steps each."""
-    recipe = RECIPES["steady"]
+    recipe = RECIPES[masking]["steady"]
     recipe = replace(recipe, epochs=2.0)
     chosen = examples.select(range(0, len(examples), max(1, len(examples) // (rounds * recipe.batch_size))))
     chosen = chosen.select(range(min(len(chosen), rounds * recipe.batch_size)))

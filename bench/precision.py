@@ -81,13 +81,14 @@ def main() -> None:
     parser.add_argument("--dev", required=True, help="SQuAD JSON to measure on")
     parser.add_argument("--masking", choices=("input", "hidden"), default="input")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
-    parser.add_argument("--epochs", type=float, default=RECIPES["steady"].epochs)
+    parser.add_argument("--epochs", type=float, help="instead of the recipe's")
     parser.add_argument("--limit", type=int, help="use only so many questions of each file")
     options = measure.options(str(__doc__), parser)
     model: Any = load_for(options.folder, "QuestionAnswering").to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     train, dev = (encode(tokenizer, read_squad(path)[: options.limit], model) for path in (options.data, options.dev))
-    recipe = replace(RECIPES["steady"], epochs=options.epochs)
+    recipe = RECIPES[options.masking]["steady"]
+    recipe = replace(recipe, epochs=options.epochs or recipe.epochs)
     found = {}
     for seed in options.seeds:
         for precision in PRECISIONS:

@@ -44,6 +44,8 @@ def logits_of(probe: Probe, states: list[Tensor], site: int) -> Tensor:
     for i in probe.reads(site):
         head: Any = probe.heads[i]
         features = torch.cat([states[0], states[i]], -1) if probe.masking == "input" else states[i]
+        if head.mean is not None:
+            features = (features - head.mean) / head.spread
         logit = head.outer(torch.tanh(head.inner(features))).squeeze(-1)
         columns.append((logit if head.bound is None else head.bound * torch.tanh(logit)) + head.bias)
     return torch.stack(columns, -1)

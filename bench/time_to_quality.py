@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--masking", choices=("input", "hidden"), nargs="+", default=("input", "hidden"))
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--epochs", type=float, default=8.0, help="of the published recipe")
-    parser.add_argument("--ours-epochs", type=float, default=RECIPES["steady"].epochs)
+    parser.add_argument("--ours-epochs", type=float, help="instead of ours' own")
     parser.add_argument("--limit", type=int, help="use only so many questions of each file")
     options = measure.options(str(__doc__), parser)
     if options.device != "cpu":
@@ -159,12 +159,13 @@ def main() -> None:
     train, dev = (
         fitting(encode(tokenizer, read_squad(path)[: options.limit], model)) for path in (options.data, options.dev)
     )
-    recipes = {
-        "published": replace(RECIPES["published"], epochs=options.epochs),
-        "steady": replace(RECIPES["steady"], epochs=options.ours_epochs),
-    }
     rows = []
     for masking in options.masking:
+        published, steady = (RECIPES[masking][name] for name in ("published", "steady"))
+        recipes = {
+            "published": replace(published, epochs=options.epochs),
+            "steady": replace(steady, epochs=options.ours_epochs or steady.epochs),
+        }
         for seed in options.seeds:
             found = row(model, train, dev, masking, tokenizer.mask_token_id, seed, recipes)
             rows.append(found | {"threads": options.threads})

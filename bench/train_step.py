@@ -38,7 +38,7 @@ from diffmask_fast.training.remembered import remembered_for
 from diffmask_fast.training.trainer import ProbeTrainer, fresh_probe, optimizer_for
 
 PADDED, BATCH = 384, 8
-RECIPE = RECIPES["published"]
+RECIPE = RECIPES["input"]["published"]
 
 
 class Contender(NamedTuple):

@@ -118,9 +118,38 @@ def test_logits_are_those_of_the_paper_spelled_plainly(masking: str, bound: floa
         torch.testing.assert_close(probe.logits(states, site), torch.stack(columns, -1), rtol=0, atol=1e-13)
 
 
+def standardised(masking: str) -> Probe:
+    """A probe for states that are far from 0 and of different loudness, and knows it."""
+    probe = a_probe(masking, width=5, standardised=True)
+    for name, buffer in probe.named_buffers():
+        buffer.copy_(torch.linspace(0.1, 3, len(buffer)) * (-1 if name.endswith("mean") else 1))
+    return probe
+
+
 @pytest.mark.parametrize("masking", ["input", "hidden"])
-def test_a_saved_probe_comes_back_bit_for_bit(masking: str, tmp_path: Path) -> None:
-    probe = a_probe(masking, width=5, bound=4.0, bias=1.5)
+def test_standardised_heads_read_states_less_their_mean_over_their_spread(masking: str) -> None:
+    probe, plain = standardised(masking).double(), a_probe(masking, width=5).double()
+    plain.load_state_dict({name: value for name, value in probe.state_dict().items() if name in plain.state_dict()})
+    states = some_states(dtype=torch.float64)
+    site, at = 2, 2 if masking == "input" else 0
+    head, first = probe.heads[site], {"input": SIZES[0], "hidden": 0}[masking]
+    wanted = {2: (states[2] - head.mean[first:]) / head.spread[first:]}
+    if masking == "input":  # each head sees the first state with the same moments
+        moments = (head.mean[:first], head.spread[:first])
+        wanted |= {0: (states[0] - moments[0]) / moments[1], 1: states[1]}
+    want, got = plain.logits(wanted, site)[..., at], probe.logits(states, site)[..., at]
+    # sums of at most 20 products of size 30 in float64
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    one, other = (
+        torch.autograd.grad(each.sum(), p.heads[site].inner.bias) for each, p in ((got, probe), (want, plain))
+    )
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("masking", ["input", "hidden"])
+@pytest.mark.parametrize("own_scale", [False, True])
+def test_a_saved_probe_comes_back_bit_for_bit(masking: str, own_scale: bool, tmp_path: Path) -> None:
+    probe = standardised(masking) if own_scale else a_probe(masking, width=5, bound=4.0, bias=1.5)
     save_probe(probe, tmp_path / "probe.safetensors", {"seed": 3, "model": "münchen"})
     back = load_probe(tmp_path / "probe.safetensors")
     assert back.config() == probe.config()

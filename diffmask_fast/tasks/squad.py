@@ -21,7 +21,28 @@ from diffmask_fast.models import load_for
 from diffmask_fast.probes import save_probe
 from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
 
-RECIPES = {"steady": Recipe(), "published": replace(PUBLISHED, warmup_steps=1200, epochs=1)}
+_PUBLISHED = replace(PUBLISHED, warmup_steps=1200, epochs=1)
+RECIPES = {
+    # many gates multiply at the upper sites, of which only those of the upper layers may shut
+    "input": {
+        "steady": Recipe(
+            margin=0.55,
+            initial_margin=1.5,
+            temperature=0.67,
+            standardised=True,
+            bias_of="product",
+            bound=12.0,
+            pull=0.5,
+            pull_by="share",
+            gradient="straight",
+            multiplier_rate=0.03,
+            learning_rate=3e-3,
+            warmup_steps=50,
+        ),
+        "published": _PUBLISHED,
+    },
+    "hidden": {"steady": Recipe(), "published": _PUBLISHED},
+}
 # what is shown of each site's metrics
 COLUMNS = ("sampled_kl", "sampled_open", "kl", "open", "open_question", "open_passage", "kept_prediction")
 
@@ -169,7 +190,7 @@ def run(
         out: folder for everything that the run leaves.
         masking: "input" or "hidden".
         seed: of everything drawn.
-        recipe: a name in `RECIPES`.
+        recipe: a name in `RECIPES[masking]`.
         resume: go on with the run in `out`.
         bf16: run the frozen model in bfloat16 while training; it is measured in float32.
         limit: use only so many questions of each file.
@@ -184,7 +205,9 @@ def run(
         how many of them were `windowed`, being longer than the model takes, and how many `windows` those became.
     """
     start = time.monotonic()
-    chosen = recipe_named(recipe, RECIPES)
+    if masking not in RECIPES:
+        raise ValueError(f"masking is {masking!r}; expected one of {', '.join(RECIPES)}")
+    chosen = recipe_named(recipe, RECIPES[masking])
     if epochs is not None:
         chosen = replace(chosen, epochs=epochs)
     config = {

@@ -23,6 +23,7 @@ from diffmask_fast.training.recipe import Recipe
 SMOOTHING = 0.1  # weight of the newest batch in the running mean of a site's divergence
 PROPORTIONAL = 2.0  # the multiplier goes with this power of (running mean / aim)
 SMALLEST = 0.3  # of the integral: lower, and a site that has held for long falls unopposed while it winds up again
+TIGHTENED = 0.25, 0.65  # between these shares of the training the margin goes from the initial to the final one
 URGENCY = (0.1, 4.0)  # a site that holds is still drawn, a hopeless one does not take all draws
 
 
@@ -51,6 +52,9 @@ class Ascent(nn.Module):
     def observe(self, divergence: Tensor, sites: Tensor) -> None:
         """Nothing to do: the optimiser moves the parameter."""
 
+    def set_progress(self, progress: float) -> None:
+        """Nothing to do: the tolerance stays."""
+
 
 class Control(nn.Module):
     """Multipliers from a proportional-integral controller; its state (sites,) is saved with the probe's training."""
@@ -62,8 +66,16 @@ class Control(nn.Module):
         super().__init__()
         self.register_buffer("integral", torch.full((sites,), math.log(recipe.initial_multiplier)))
         self.register_buffer("average", torch.full((sites,), recipe.tolerance))
-        self.aim = recipe.margin * recipe.tolerance
+        self.recipe = recipe
+        self.set_progress(0.0)
         self.rate, self.largest = recipe.multiplier_rate, recipe.largest_multiplier
+
+    def set_progress(self, progress: float) -> None:
+        """Set the aim of a training that is `progress` (0 to 1) done."""
+        final, initial = self.recipe.margin, self.recipe.initial_margin or self.recipe.margin
+        begin, end = TIGHTENED
+        margin = initial + (final - initial) * min(1.0, max(0.0, (progress - begin) / (end - begin)))
+        self.aim = margin * self.recipe.tolerance
 
     def current(self) -> Tensor:
         """(sites,)"""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmask_fast import processes
-from diffmask_fast.ops import draw_seed, gate_mix
+from diffmask_fast.ops import GateMix, draw_seed, gate_mix
 from diffmask_fast.ops.reference import log_open
 from diffmask_fast.predictions import Kind, kind_of
 from diffmask_fast.probes import Probe
@@ -26,6 +26,7 @@ from diffmask_fast.training.recipe import Recipe
 from diffmask_fast.training.remembered import RememberedPredictions
 
 GROWN = 0.4  # the share of the training after which the heads' bound is the final one
+NEARLY_OPEN = 0.98  # a gate above it has next to no gradient of its own
 ALWAYS_OPEN = 1e4  # a logit whose gate is exactly 1, its log P(z != 0) exactly 0 and its gradient 0
 
 
@@ -105,6 +106,7 @@ class Objective(nn.Module):
         """Set what changes in the course of a training that is `progress` (0 to 1) done: the heads' bound, and the
         pull on open gates."""
         self.pull = self.recipe.pull * (1 - progress)
+        self.multipliers.set_progress(progress)
         final, initial = self.recipe.bound, self.recipe.initial_bound
         if initial is not None:
             self.probe.set_bound(initial + (final - initial) * min(1.0, progress / GROWN))
@@ -133,15 +135,33 @@ class Objective(nn.Module):
         step = self._input_masking if self.probe.masking == "input" else self._hidden_masking
         return step(inputs, states, sites)
 
+    def draw(self, state: Tensor, logits: Tensor, baseline: Tensor) -> GateMix:
+        """Gates drawn for `logits` (B, T, K), and the state that their product mixes with the baseline."""
+        drawn = gate_mix(state, logits, baseline, rank_seed(state.device), temperature=self.recipe.temperature)
+        if self.recipe.gradient == "path":
+            return drawn
+        gate, opens = drawn.gates[..., -1], drawn.log_open[..., -1].exp()
+        saturated = (gate <= 0) | (gate > NEARLY_OPEN)
+        passed = torch.where(saturated, opens - opens.detach(), 0).to(state.dtype)
+        return drawn._replace(mixed=drawn.mixed + passed[..., None] * (state - baseline).detach().to(state.dtype))
+
+    def pull_on(self, log_opens: Tensor, real: Tensor) -> float | Tensor:
+        """The pull on gates (B, T) that are open with these probabilities."""
+        if self.recipe.pull_by == "gate":
+            return self.pull
+        shut = 1 - log_opens.detach().exp()
+        return self.pull * (shut * real).sum(-1, keepdim=True) / real.sum(-1, keepdim=True)
+
     def _input_masking(self, inputs: dict, states: dict[int, Tensor], sites: Tensor) -> tuple[Any, Tensor, Tensor]:
         logits = self.probe.logits(states, int(sites.max()))
         beyond = torch.arange(logits.shape[-1], device=sites.device) > sites[:, None, None]
         logits = logits.masked_fill(beyond, ALWAYS_OPEN)
-        mixed, gates, opens = gate_mix(states[0], logits, self.probe.baseline(0), rank_seed(states[0].device))
+        mixed, gates, opens = self.draw(states[0], logits, self.probe.baseline(0))
         sparsity = opens[..., -1]
         if self.recipe.credit == "own":
             own_logits = logits.gather(-1, sites[:, None, None].expand(*logits.shape[:2], 1)).squeeze(-1)
-            own = pulled(log_open(own_logits), own_logits, self.pull)
+            own_opens = log_open(own_logits, self.recipe.temperature)
+            own = pulled(own_opens, own_logits, self.pull_on(own_opens, inputs["attention_mask"]))
             sparsity = own + (sparsity - own).detach()
         return self.patched.run(inputs, resume=(0, mixed)).output, gates[..., -1], sparsity
 
@@ -156,9 +176,11 @@ class Objective(nn.Module):
                 # came up from there, and the way back to it does not lead through these.
                 state = above[rows].detach()
                 logits = self.probe.logits({site: state}, site)
-                mixed = gate_mix(state, logits, self.probe.baseline(site), rank_seed(state.device))
+                mixed = self.draw(state, logits, self.probe.baseline(site))
                 gates.append(mixed.gates[..., -1])
-                sparsity.append(pulled(mixed.log_open[..., -1], logits[..., -1], self.pull))
+                opens = mixed.log_open[..., -1]
+                pull = self.pull_on(opens, inputs["attention_mask"][rows])
+                sparsity.append(pulled(opens, logits[..., -1], pull))
                 order.append(rows)
                 return above.index_copy(0, rows, mixed.mixed.to(above.dtype))
 
@@ -174,7 +196,7 @@ class Objective(nn.Module):
         return output, torch.cat(gates)[back], torch.cat(sparsity)[back]
 
 
-def pulled(log_opens: Tensor, logits: Tensor, pull: float) -> Tensor:
+def pulled(log_opens: Tensor, logits: Tensor, pull: float | Tensor) -> Tensor:
     """log P(z != 0) with its own value, but a gradient for the logit that is at least `pull`.
 
     The gradient is 1 - P(z != 0): a gate that is nearly open would hardly be asked whether it is needed.

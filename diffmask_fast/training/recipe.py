@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from diffmask_fast.ops.reference import TEMPERATURE
+
 CHOICES = {
     "draw": ("batch", "example"),
     "credit": ("all", "own"),
+    "bias_of": ("gate", "product"),
+    "pull_by": ("gate", "share"),
+    "gradient": ("path", "straight"),
     "multiplier": ("ascent", "control", "shared"),
     "optimizer": ("adam", "lookahead-rmsprop"),
 }
 POSITIVE = (
-    *("tolerance", "margin", "bound", "initial_multiplier", "multiplier_rate", "largest_multiplier"),
+    *(
+        "tolerance",
+        "margin",
+        "initial_margin",
+        "temperature",
+        "bound",
+        "initial_multiplier",
+        "multiplier_rate",
+        "largest_multiplier",
+    ),
     *("learning_rate", "baseline_learning_rate", "epochs", "batch_size"),
 )
 
@@ -31,11 +45,24 @@ class Recipe:
         tolerance: the KL (nats, mean over examples) that the masked prediction may differ by.
         margin: the share of the tolerance that the controller aims at: the constraint is to hold on texts that the
             probe was not trained on, where the divergence is larger.
+        initial_margin: the margin for the first quarter of the training, from where it falls to `margin` until 0.65 of
+            it is done. A larger one lets gates shut first, and then open those again that are missed. None keeps it
+            constant.
+        temperature: of the draws while training. The larger it is, the more gates are neither 0 nor 1, and the rest get
+            no gradient. A probe is always used with the law's own temperature.
+        standardised: heads read states less their mean, divided by their spread, see `GateHead`.
         bias, bound: of the gate heads, see `GateHead`.
+        bias_of: whose logit the bias is: "gate" each gate's, "product" about that of all gates that multiply at the
+            deepest site, so that the deepest of many sites starts as open as the only one of a single.
         initial_bound: the bound at the start; it reaches `bound` when 0.4 of the training is done. None keeps it
             constant. A gate that is shut gets no gradient, so none must be before much is learned.
         pull: the least that the sparsity's gradient for a logit is at the start, fading to 0 at the end. The gradient
             itself, 1 - P(z != 0), would leave gates that are nearly open where they are.
+        pull_by: "gate" pulls at each gate alike, "share" the more at an example's gates the more of them are shut:
+            where every token is needed none is dropped at random, which all sites above would pay for.
+        gradient: "path" is the derivative along a draw, 0 where it is saturated. With "straight" a saturated gate
+            passes on that of its P(z != 0), so that a shut one can open again (the straight-through estimator of
+            Bengio et al. 2013).
         draw: "batch" draws one site for all examples of a step, "example" one for each, the oftener the further a site
             is over the tolerance.
         credit: "all" lets the sparsity of a site train the gates of all sites that multiply there; "own" lets it
@@ -55,10 +82,16 @@ class Recipe:
 
     tolerance: float = 1.0
     margin: float = 0.5
+    initial_margin: float | None = None
+    temperature: float = TEMPERATURE
+    standardised: bool = False
     bias: float = 5.0
+    bias_of: str = "gate"
     bound: float = 10.0
     initial_bound: float | None = 3.0
     pull: float = 0.25
+    pull_by: str = "gate"
+    gradient: str = "path"
     draw: str = "example"
     credit: str = "own"
     multiplier: str = "control"
@@ -78,7 +111,7 @@ class Recipe:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
         for name in POSITIVE:
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0")
         if not 0 <= self.pull <= 1:
             raise ValueError(f"pull is {self.pull!r}; expected a number from 0 to 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -342,7 +343,17 @@ def fresh_probe(
     """
     moments = state_moments(model, examples.select(range(0, len(examples), max(1, len(examples) // HOME_TEXTS))))
     sizes = [len(moments[site].mean) for site in range(len(moments))]
-    probe = Probe(sizes, masking, width=width, bound=recipe.bound, bias=recipe.bias)
+    bias = recipe.bias
+    if masking == "input" and recipe.bias_of == "product":
+        bias += math.log(len(sizes))  # so many gates, each as often shut as exp(-bias), multiply at the deepest site
+    probe = Probe(sizes, masking, width=width, bound=recipe.bound, bias=bias, standardised=recipe.standardised)
+    if recipe.standardised:
+        for site, head in enumerate(probe.heads):
+            read = [moments[site]] if masking == "hidden" else [moments[0], moments[site]]
+            buffers = dict(head.named_buffers())
+            buffers["mean"].copy_(torch.cat([state.mean for state in read]))
+            # a dimension that hardly moves says nothing, and what bfloat16 leaves of it is rounding
+            buffers["spread"].copy_(torch.cat([state.std.clamp(min=0.1 * state.std.mean()) for state in read]))
     for site, baseline in enumerate(probe.baselines):
         baseline.copy_(moments[site].mean)
     if masking == "input" and mask_token is not None:

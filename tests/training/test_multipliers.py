@@ -55,6 +55,16 @@ def test_ascent_is_clamped_at_both_ends() -> None:
     assert multipliers.current()[1] < 40.0 and multipliers.current()[2] > 0.0
 
 
+def test_the_controllers_aim_falls_from_the_initial_margin_to_the_final_one() -> None:
+    multipliers = Control(3, replace(CONTROL, tolerance=2.0, margin=0.5, initial_margin=1.5))
+    aims = []
+    for progress in (0.0, 0.25, 0.45, 0.65, 1.0):
+        multipliers.set_progress(progress)
+        aims.append(multipliers.aim)
+    assert aims == pytest.approx([3.0, 3.0, 2.0, 1.0, 1.0])
+    assert Control(3, CONTROL).aim == 0.5  # with one margin it stays
+
+
 def observe(multipliers: Control, divergence: float, steps: int) -> torch.Tensor:
     for _ in range(steps):
         multipliers.observe(torch.full((3,), divergence), SITES)

@@ -317,6 +317,50 @@ def test_a_step_pulls_on_the_gates_of_the_drawn_site(masking: str, make: Any, in
     assert others and all(torch.equal(plain[name], strong[name]) for name in others)
 
 
+@pytest.mark.parametrize("masking", ["input", "hidden"])
+def test_a_pull_by_share_grows_with_what_an_example_drops(masking: str, make: Any, inputs: dict) -> None:
+    objective = make(masking, with_recipe(pull=0.5, pull_by="share"))
+    opens = torch.tensor([[0.9, 0.7, 0.8, 0.6, 0.2, 0.2], [0.5] * 4 + [0.0] * 2, [1.0] * 5 + [0.0]]).log()
+    pull = objective.pull_on(opens, inputs["attention_mask"])
+    torch.testing.assert_close(pull, 0.5 * torch.tensor([[2.6 / 6], [0.5], [0.0]]))
+
+
+@pytest.mark.parametrize("masking", ["input", "hidden"])
+def test_a_warmer_step_draws_warmer_gates(masking: str, make: Any, inputs: dict) -> None:
+    drawn = {}
+    for temperature in (0.2, 5.0):
+        objective = make(masking, with_recipe(temperature=temperature), [2, 2, 2])
+        state, logits = torch.zeros(3, 6, WIDTH).double(), torch.zeros(3, 6, 1).double()
+        torch.manual_seed(SEED)
+        drawn[temperature] = objective.draw(state, logits, objective.probe.baseline(2))
+        torch.manual_seed(SEED)
+        plain = gate_mix(state, logits, objective.probe.baseline(2), draw_seed(), temperature=temperature)
+        assert all(torch.equal(one, other) for one, other in zip(drawn[temperature], plain, strict=True))
+        objective(**inputs)["loss"].backward()
+    inside = {key: ((0 < each.gates) & (each.gates < 0.98)).sum() for key, each in drawn.items()}
+    assert inside[5.0] > inside[0.2]
+
+
+@pytest.mark.parametrize("masking", ["input", "hidden"])
+def test_a_straight_gradient_leaves_the_value_and_opens_shut_gates(masking: str, make: Any) -> None:
+    logits = torch.tensor([-9.0, 0.0, 9.0], dtype=torch.float64).expand(3, 3).unsqueeze(-1).contiguous()
+    state = torch.randn(3, 3, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = {}
+    for gradient in ("path", "straight"):
+        objective = make(masking, with_recipe(gradient=gradient))
+        leaf, baseline = logits.clone().requires_grad_(), objective.probe.baseline(0)
+        torch.manual_seed(SEED)
+        drawn = objective.draw(state, leaf, baseline)
+        found[gradient] = drawn, *torch.autograd.grad(drawn.mixed.sum(), (leaf, baseline))
+    (path, along, to_baseline), (straight, through, same_baseline) = found["path"], found["straight"]
+    assert torch.equal(path.mixed, straight.mixed) and torch.equal(to_baseline, same_baseline)
+    assert (along[:, [0, 2]].abs() < 1e-9).all()  # drawn shut and open
+    moves = (state - objective.probe.baseline(0)).sum(-1, keepdim=True)
+    opens = log_open(logits).exp()
+    saturated = (path.gates <= 0) | (path.gates > module.NEARLY_OPEN)
+    torch.testing.assert_close(through, torch.where(saturated, along + opens * (1 - opens) * moves, along))
+
+
 def test_progress_widens_the_bound_and_lets_the_pull_fade(make: Any) -> None:
     objective = make("input", with_recipe(pull=0.2, initial_bound=3.0, bound=10.0))
     seen = []

@@ -34,12 +34,14 @@ def test_a_site_over_the_tolerance_counts_as_wholly_open() -> None:
 
 def test_a_look_is_the_probe_as_it_was_then(tiny_bert: Any, tokenizer: Any) -> None:
     model = tiny_bert("ForQuestionAnswering")
-    recipe = replace(RECIPES["steady"], epochs=2.0)
+    recipe = replace(RECIPES["input"]["steady"], epochs=2.0)
     looks = bench.trained(model, encode(tokenizer, TEXTS, model), recipe, "input", None, 0, 3)
     assert [look.step for look in looks] == [1, 2, 3, 4, 5, 6]  # 18 texts, 8 a step
     assert all(one.seconds < other.seconds for one, other in pairwise(looks))
     bounds = [look.probe.heads[0].bound for look in looks]
-    assert bounds == pytest.approx([3 + 7 * min(1.0, step / 6 / GROWN) for step in range(6)])  # as the recipe says
+    assert bounds == pytest.approx(
+        [3 + (recipe.bound - 3) * min(1.0, step / 6 / GROWN) for step in range(6)]
+    )  # as the recipe says
     states = [torch.cat([p.flatten() for p in look.probe.parameters()]) for look in looks]
     assert all(not torch.equal(one, other) for one, other in pairwise(states))
 
@@ -55,7 +57,7 @@ def test_a_small_run_gives_a_row_with_all_its_columns(
     qualities = iter([0.9, 0.8, 0.95, 0.8 if reached else 0.81, *[0.81] * 10])
     model = tiny_bert("ForQuestionAnswering")
     examples = encode(tokenizer, TEXTS, model)
-    recipes = {name: replace(recipe, epochs=2.0) for name, recipe in RECIPES.items()}
+    recipes = {name: replace(recipe, epochs=2.0) for name, recipe in RECIPES["hidden"].items()}
     row = bench.row(model, examples, examples, "hidden", None, 0, recipes)
     assert row["published_steps"] == 6 and row["open_published"] == 0.8
     assert row["seconds_published"] == pytest.approx(6 * row["published_step"], abs=0.05 + 6 * 0.0005)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -355,6 +356,23 @@ def test_a_fresh_input_probe_may_start_from_the_mask_tokens_embedding(tiny_bert)
     probe = fresh_probe(model, examples, RECIPES["steady"], "input", mask_token=4)
     assert torch.equal(probe.baselines[0], model.get_input_embeddings().weight[4])
     assert probe.sizes == (16,) * 4 and probe.initial_bias == RECIPES["steady"].bias
+
+
+@pytest.mark.parametrize("masking", ["input", "hidden"])
+def test_a_standardised_probe_knows_the_states_and_starts_as_open_at_the_deepest_site(masking: str) -> None:
+    torch.manual_seed(0)
+    model, examples = toy.ToyModel(), toy.toy_examples(64, 0)
+    recipe = replace(RECIPES["steady"], standardised=True, bias_of="product", bias=4.0)
+    probe = fresh_probe(model, examples, recipe, masking)
+    moments = module.state_moments(model, examples)
+    for site, head in enumerate(probe.heads):
+        of = [moments[0], moments[site]] if masking == "input" else [moments[site]]
+        assert torch.equal(head.mean, torch.cat([one.mean for one in of]))
+        stds = torch.cat([one.std for one in of])
+        assert (head.spread >= stds).all() and (head.spread > 0).all()
+        assert torch.equal(head.spread[stds > 0.5 * stds.max()], stds[stds > 0.5 * stds.max()])
+    # P(shut) of a product of n gates is n times that of one, while both are small
+    assert probe.initial_bias == pytest.approx(4.0 + math.log(2) if masking == "input" else 4.0)
 
 
 def test_the_multipliers_climb_and_the_probe_descends() -> None:
