@@ -140,7 +140,8 @@ class Objective(nn.Module):
         drawn = gate_mix(state, logits, baseline, rank_seed(state.device), temperature=self.recipe.temperature)
         if self.recipe.gradient == "path":
             return drawn
-        gate, opens = drawn.gates[..., -1], drawn.log_open[..., -1].exp()
+        # Each gate of a product is asked for itself: the product's own derivative is 0 where two of them are shut.
+        gate, opens = drawn.gates[..., -1], log_open(logits, self.recipe.temperature).exp().sum(-1)
         saturated = (gate <= 0) | (gate > NEARLY_OPEN)
         passed = torch.where(saturated, opens - opens.detach(), 0).to(state.dtype)
         return drawn._replace(mixed=drawn.mixed + passed[..., None] * (state - baseline).detach().to(state.dtype))

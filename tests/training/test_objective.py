@@ -343,7 +343,7 @@ def test_a_warmer_step_draws_warmer_gates(masking: str, make: Any, inputs: dict)
 
 @pytest.mark.parametrize("masking", ["input", "hidden"])
 def test_a_straight_gradient_leaves_the_value_and_opens_shut_gates(masking: str, make: Any) -> None:
-    logits = torch.tensor([-9.0, 0.0, 9.0], dtype=torch.float64).expand(3, 3).unsqueeze(-1).contiguous()
+    logits = torch.tensor([[-9.0, -8.0], [0.0, 3.0], [9.0, 8.0]], dtype=torch.float64).expand(3, 3, 2).contiguous()
     state = torch.randn(3, 3, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = {}
     for gradient in ("path", "straight"):
@@ -357,7 +357,8 @@ def test_a_straight_gradient_leaves_the_value_and_opens_shut_gates(masking: str,
     assert (along[:, [0, 2]].abs() < 1e-9).all()  # drawn shut and open
     moves = (state - objective.probe.baseline(0)).sum(-1, keepdim=True)
     opens = log_open(logits).exp()
-    saturated = (path.gates <= 0) | (path.gates > module.NEARLY_OPEN)
+    gate = path.gates[..., -1:]  # both gates' product
+    saturated = (gate <= 0) | (gate > module.NEARLY_OPEN)
     torch.testing.assert_close(through, torch.where(saturated, along + opens * (1 - opens) * moves, along))
 
 
