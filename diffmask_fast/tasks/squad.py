@@ -27,7 +27,7 @@ RECIPES = {
     "input": {
         "steady": Recipe(
             margin=0.55,
-            initial_margin=1.0,
+            initial_margin=1.2,
             temperature=0.67,
             standardised=True,
             bias_of="product",
