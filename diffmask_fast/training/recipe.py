@@ -111,7 +111,9 @@ class Recipe:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
         for name in POSITIVE:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
+            if name == "initial_margin" and self.initial_margin is None:
+                continue
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0")
         if not 0 <= self.pull <= 1:
             raise ValueError(f"pull is {self.pull!r}; expected a number from 0 to 1")

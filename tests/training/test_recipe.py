@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from diffmask_fast.tasks import sst, squad, toy
+from diffmask_fast.training.recipe import CHOICES, POSITIVE, Recipe
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_that_there_is_not_is_refused_with_those_there_are(name: str) -> None:
+    choices: dict[str, Any] = {name: "other"}
+    with pytest.raises(ValueError, match=f"{name} is 'other'; expected one of {', '.join(CHOICES[name])}"):
+        Recipe(**choices)
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", [0, -1.5, float("nan")])
+def test_a_number_that_is_not_above_0_is_refused(name: str, value: float) -> None:
+    numbers: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; expected a number above 0")):
+        Recipe(**numbers)
+
+
+def test_every_recipe_can_be_made_again_from_what_a_run_saves() -> None:
+    recipes = [*toy.RECIPES.values(), *sst.RECIPES.values(), *(r for of in squad.RECIPES.values() for r in of.values())]
+    assert all(Recipe(**recipe.to_dict()) == recipe for recipe in recipes)
+    assert {field.name for field in fields(Recipe)} >= {*CHOICES, *POSITIVE}
