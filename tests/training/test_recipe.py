@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from diffmask_fast.tasks import sst, squad, toy
+from diffmask_fast.tasks import squad, sst, toy
 from diffmask_fast.training.recipe import CHOICES, POSITIVE, Recipe
 
 
