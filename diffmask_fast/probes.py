@@ -207,6 +207,8 @@ def load_probe(path: str | os.PathLike[str]) -> Probe:
             raise ValueError("some of its numbers are NaN or infinite")
         probe = Probe(**described["probe"])
         probe.load_state_dict(tensors)
+        if any((buffer <= 0).any() for name, buffer in probe.named_buffers() if name.endswith("spread")):
+            raise ValueError("some spread of the states is not above 0")
         probe.meta = described["meta"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error

@@ -161,6 +161,14 @@ def test_a_saved_probe_comes_back_bit_for_bit(masking: str, own_scale: bool, tmp
         assert torch.equal(probe.logits(some_states(), site), back.logits(some_states(), site))
 
 
+def test_a_probe_file_with_a_spread_of_0_is_refused(tmp_path: Path) -> None:
+    probe = standardised("input")
+    dict(probe.named_buffers())["heads.1.spread"][3] = 0
+    save_probe(probe, tmp_path / "probe.safetensors")
+    with pytest.raises(ValueError, match="is damaged: some spread of the states is not above 0"):
+        load_probe(tmp_path / "probe.safetensors")
+
+
 def test_a_missing_probe_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors: there is no such file"):
         load_probe(tmp_path / "nothing.safetensors")

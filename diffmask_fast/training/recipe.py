@@ -16,18 +16,10 @@ CHOICES = {
     "optimizer": ("adam", "lookahead-rmsprop"),
 }
 POSITIVE = (
-    *(
-        "tolerance",
-        "margin",
-        "initial_margin",
-        "temperature",
-        "bound",
-        "initial_multiplier",
-        "multiplier_rate",
-        "largest_multiplier",
-    ),
+    *("tolerance", "margin", "temperature", "bound", "initial_multiplier", "multiplier_rate", "largest_multiplier"),
     *("learning_rate", "baseline_learning_rate", "epochs", "batch_size"),
 )
+OPTIONAL = ("initial_margin", "initial_bound")  # above 0, or None
 
 
 def recipe_named(name: str, recipes: dict[str, Recipe]) -> Recipe:
@@ -110,9 +102,8 @@ class Recipe:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        for name in POSITIVE:
-            if name == "initial_margin" and self.initial_margin is None:
-                continue
+        given = [name for name in OPTIONAL if getattr(self, name) is not None]
+        for name in (*POSITIVE, *given):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0")
         if not 0 <= self.pull <= 1:
