@@ -2,8 +2,8 @@
 
     python bench/parts.py [--json FILE] [--threads N] [--rounds N]
 
-The operation is bound by memory, so a pass over the states is compared with `copy_` into memory that is there. All parts
-take turns: each finds the caches as the others left them, and its own code gone from them too.
+The operation is bound by memory, so a pass over the states is compared with `copy_` into memory that is there. All
+parts take turns: each finds the caches as the others left them, and its own code gone from them too.
 """
 
 from __future__ import annotations
