@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from diffmask_fast.data import Examples, TooLongError, Window, encode, length_limit
-from diffmask_fast.predictions import AtPositions
 
 PAIRS = [
     ("who was king?", "the old king walked in münchen ."),
@@ -329,39 +327,3 @@ def test_batches_hold_every_window_once(tokenizer: Any, classifier: Any) -> None
 def test_a_batch_size_below_one_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"the batch size is {size}; expected 1 or more"):
         ragged().batches(size)
-
-
-def test_corrupted_texts_have_other_words_in_the_places_drawn_and_nothing_else(tokenizer: Any, classifier: Any) -> None:
-    examples = encode(tokenizer, [*PAIRS, LONG[1]] * 20, classifier)
-    before = copy.deepcopy(examples.inputs)
-    corrupted = examples.corrupted(0.3, seed=1)
-    words = {
-        number
-        for item, segments in zip(examples.inputs, examples.segments, strict=True)
-        for number, segment in zip(item["input_ids"], segments, strict=True)
-        if segment
-    }
-    places = changed = 0
-    for old, new, segments in zip(examples.inputs, corrupted.inputs, examples.segments, strict=True):
-        assert {name for name in old if old[name] != new[name]} <= {"input_ids"}
-        for a, b, segment in zip(old["input_ids"], new["input_ids"], segments, strict=True):
-            assert a == b or (segment and b in words)
-            places, changed = places + (segment != 0), changed + (a != b)
-    assert 0.22 < changed / places < 0.32  # of some 600 places; now and then a word is drawn for its own place
-    assert examples.inputs == before and corrupted.tokens == examples.tokens
-    assert examples.corrupted(0.3, seed=1).inputs == corrupted.inputs != examples.corrupted(0.3, seed=2).inputs
-    assert examples.corrupted(0).inputs == before
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_to_corrupt_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=f"share is {share!r}; expected a number from 0 to 1"):
-        ragged().corrupted(share)
-
-
-def test_what_is_no_text_or_marks_its_places_by_tokens_is_not_corrupted() -> None:
-    examples = ragged()
-    with pytest.raises(ValueError, match="no texts: expected a recipe with corrupted=0"):
-        replace(examples, inputs=[{"pixel_values": [0.0]}] * 3).corrupted(0.1)
-    with pytest.raises(ValueError, match="asked at places that their tokens mark: expected a recipe with corrupted=0"):
-        replace(examples, kind=AtPositions("last")).corrupted(0.1)
