@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Examples:
         fixed: arguments that are not per token.
         windows: per example, which part of which text it is; None where every example is a whole text.
         kind: of the model's prediction; None where its output tells it.
+        mask_token: id of the mask token, where there is one.
     """
 
     inputs: list[dict[str, Any]]
@@ -71,6 +72,7 @@ class Examples:
     fixed: frozenset[str] = frozenset()
     windows: list[Window] | None = None
     kind: Kind | None = None
+    mask_token: int | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -107,7 +109,35 @@ class Examples:
             self.fixed,
             None if self.windows is None else [self.windows[i] for i in chosen],
             self.kind,
+            self.mask_token,
         )
+
+    def corrupted(self, share: float, seed: int = 0) -> Examples:
+        """The same texts with a `share` of their tokens, drawn at random, replaced by the mask token.
+
+        Where there is no mask token, tokens drawn from all the texts take its place. Special tokens stay. A text is corrupted in the same way whenever it is read; `tokens` are still the true ones.
+
+        Raises:
+            ValueError: a share that is not from 0 to 1; examples that are no texts, or whose model is asked at places
+                that their tokens mark.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share is {share!r}; expected a number from 0 to 1")
+        if "input_ids" not in self.inputs[0] or isinstance(self.kind, AtPositions):
+            what = "no texts" if "input_ids" not in self.inputs[0] else "asked at places that their tokens mark"
+            raise ValueError(f"these examples can't be corrupted, being {what}: expected a recipe with corrupted=0")
+        generator = torch.Generator().manual_seed(seed)
+        rows = [torch.tensor(item["input_ids"]) for item in self.inputs]
+        free = [torch.tensor(segments) != SPECIAL for segments in self.segments]
+        pool = torch.cat([row[where] for row, where in zip(rows, free, strict=True)])
+        inputs = []
+        for item, row, where in zip(self.inputs, rows, free, strict=True):
+            hit = where & (torch.rand(len(row), generator=generator) < share)
+            other = pool[torch.randint(len(pool), row.shape, generator=generator)]
+            if self.mask_token is not None:
+                other = torch.full_like(row, self.mask_token)
+            inputs.append({**item, "input_ids": torch.where(hit, other, row).tolist()})
+        return replace(self, inputs=inputs)
 
     def batches(self, size: int) -> list[list[int]]:
         """Indices in batches of similar length, so that little is padded.
@@ -217,6 +247,7 @@ def encode(
         {"input_ids": tokenizer.pad_token_id or 0},
         windows=windows if len(windows) > len(texts) else None,
         kind=kind,
+        mask_token=tokenizer.mask_token_id,
     )
     if isinstance(kind, AtPositions):
         _require_places(kind, examples, windows)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from diffmask_fast.data import Examples, TooLongError, Window, encode, length_limit
+from diffmask_fast.predictions import AtPositions
 
 PAIRS = [
     ("who was king?", "the old king walked in münchen ."),
@@ -327,3 +329,44 @@ def test_batches_hold_every_window_once(tokenizer: Any, classifier: Any) -> None
 def test_a_batch_size_below_one_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"the batch size is {size}; expected 1 or more"):
         ragged().batches(size)
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_corrupted_texts_have_other_tokens_in_the_places_drawn_and_nothing_else(
+    with_mask: bool, tokenizer: Any, classifier: Any
+) -> None:
+    examples = encode(tokenizer, [*PAIRS, LONG[1]] * 20, classifier)
+    assert examples.mask_token == tokenizer.mask_token_id
+    before = copy.deepcopy(examples.inputs)
+    rows = [(item["input_ids"], where) for item, where in zip(before, examples.segments, strict=True)]
+    allowed = {number for row, where in rows for number, segment in zip(row, where, strict=True) if segment}
+    if with_mask:
+        allowed = {tokenizer.mask_token_id}
+    else:
+        examples = replace(examples, mask_token=None)
+    corrupted = examples.corrupted(0.3, seed=1)
+    places = changed = 0
+    for old, new, (row, where) in zip(before, corrupted.inputs, rows, strict=True):
+        assert {name for name in old if old[name] != new[name]} <= {"input_ids"}
+        for a, b, segment in zip(row, new["input_ids"], where, strict=True):
+            assert a == b or (segment and b in allowed)
+            places, changed = places + (segment != 0), changed + (a != b)
+    assert 0.24 < changed / places < 0.36  # a word is now and then drawn for its own place
+    assert examples.inputs == before and corrupted.tokens == examples.tokens
+    assert examples.corrupted(0.3, seed=1).inputs == corrupted.inputs != examples.corrupted(0.3, seed=2).inputs
+    assert examples.corrupted(0).inputs == before
+    assert examples.select([2, 0]).mask_token == examples.mask_token
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_to_corrupt_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=f"share is {share!r}; expected a number from 0 to 1"):
+        ragged().corrupted(share)
+
+
+def test_what_is_no_text_or_marks_its_places_by_tokens_is_not_corrupted() -> None:
+    examples = ragged()
+    with pytest.raises(ValueError, match="no texts: expected a recipe with corrupted=0"):
+        replace(examples, inputs=[{"pixel_values": [0.0]}] * 3).corrupted(0.1)
+    with pytest.raises(ValueError, match="asked at places that their tokens mark: expected a recipe with corrupted=0"):
+        replace(examples, kind=AtPositions("last")).corrupted(0.1)

@@ -26,8 +26,9 @@ RECIPES = {
     # many gates multiply at the upper sites, of which only those of the upper layers may shut
     "input": {
         "steady": Recipe(
-            margin=0.55,
-            initial_margin=1.2,
+            margin=0.85,
+            initial_margin=1.3,
+            corrupted=0.1,
             temperature=0.67,
             standardised=True,
             bias_of="product",

@@ -20,6 +20,7 @@ POSITIVE = (
     *("learning_rate", "baseline_learning_rate", "epochs", "batch_size"),
 )
 OPTIONAL = ("initial_margin", "initial_bound")  # above 0, or None
+SHARES = ("pull", "corrupted")  # from 0 to 1
 
 
 def recipe_named(name: str, recipes: dict[str, Recipe]) -> Recipe:
@@ -40,6 +41,9 @@ class Recipe:
         initial_margin: the margin for the first quarter of the training, from where it falls to `margin` until 0.65 of
             it is done. A larger one lets gates shut first, and then open those again that are missed. None keeps it
             constant.
+        corrupted: the share of the training texts' tokens that are replaced by the mask token, see
+            `Examples.corrupted`. A model is surer of texts that it was fine-tuned on than of new ones, and needs less of
+            them; a few missing words make it as unsure as it is of new ones.
         temperature: of the draws while training. The larger it is, the more gates are neither 0 nor 1, and the rest get
             no gradient. A probe is always used with the law's own temperature.
         standardised: heads read states less their mean, divided by their spread, see `GateHead`.
@@ -75,6 +79,7 @@ class Recipe:
     tolerance: float = 1.0
     margin: float = 0.5
     initial_margin: float | None = None
+    corrupted: float = 0.0
     temperature: float = TEMPERATURE
     standardised: bool = False
     bias: float = 5.0
@@ -106,8 +111,9 @@ class Recipe:
         for name in (*POSITIVE, *given):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0")
-        if not 0 <= self.pull <= 1:
-            raise ValueError(f"pull is {self.pull!r}; expected a number from 0 to 1")
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number from 0 to 1")
 
     def to_dict(self) -> dict:
         return asdict(self)

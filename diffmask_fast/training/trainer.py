@@ -226,8 +226,8 @@ def train_probe(
         The objective, with the trained probe and the multipliers.
 
     Raises:
-        ValueError: `tokens_per_batch` below 1; `bf16` for a model that is sharded (FSDP); `checkpoint_layers` where a
-            site stands within a layer.
+        ValueError: `tokens_per_batch` below 1; a recipe that corrupts what can't be, see `Examples.corrupted`; `bf16`
+            for a model that is sharded (FSDP); `checkpoint_layers` where a site stands within a layer.
     """
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch is {tokens_per_batch}; expected 1 or more, or None")
@@ -256,6 +256,8 @@ def train_probe(
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
     require_kind(model, examples.kind)
+    if recipe.corrupted:
+        examples = examples.corrupted(recipe.corrupted, seed)
     if args.n_gpu > 1:
         args._n_gpu = 1  # more than one take `torchrun`: threads in one process would share the model's hooks
     model.to(args.device)

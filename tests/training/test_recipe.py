@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from diffmask_fast.tasks import squad, sst, toy
-from diffmask_fast.training.recipe import CHOICES, OPTIONAL, POSITIVE, Recipe
+from diffmask_fast.training.recipe import CHOICES, OPTIONAL, POSITIVE, SHARES, Recipe
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -25,10 +25,12 @@ def test_a_number_that_is_not_above_0_is_refused(name: str, value: float) -> Non
         Recipe(**numbers)
 
 
-@pytest.mark.parametrize("pull", [-0.1, 1.5, float("nan")])
-def test_a_pull_that_is_no_share_is_refused(pull: float) -> None:
-    with pytest.raises(ValueError, match=f"pull is {pull!r}; expected a number from 0 to 1"):
-        Recipe(pull=pull)
+@pytest.mark.parametrize("name", SHARES)
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_what_is_no_share_is_refused(name: str, value: float) -> None:
+    shares: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; expected a number from 0 to 1"):
+        Recipe(**shares)
 
 
 def test_every_recipe_can_be_made_again_from_what_a_run_saves() -> None:

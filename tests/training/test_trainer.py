@@ -472,3 +472,15 @@ def test_two_processes_end_with_equal_probes_also_when_they_resume(recipe: str, 
     assert same_bits(zero, one)
     whole = {name: value for name, value in zero.items() if name.startswith("whole.")}
     assert all(torch.equal(value, zero[name.replace("whole.", "resumed.", 1)]) for name, value in whole.items())
+
+
+def test_a_recipe_that_corrupts_trains_on_corrupted_texts(tmp_path: Path) -> None:
+    model, probe, examples = prepared()
+    recipe = replace(RECIPES["steady"], corrupted=0.5, epochs=0.25)
+    asked = train_probe(model, probe, examples, recipe, tmp_path / "asked", seed=3, quiet=True)
+    model, probe, _ = prepared()
+    by_hand = examples.corrupted(0.5, seed=3)
+    assert by_hand.inputs != examples.inputs
+    plain = replace(recipe, corrupted=0)
+    same = train_probe(model, probe, by_hand, plain, tmp_path / "by_hand", seed=3, quiet=True)
+    assert same_bits(asked.state_dict(), same.state_dict())
