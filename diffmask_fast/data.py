@@ -115,7 +115,8 @@ class Examples:
     def corrupted(self, share: float, seed: int = 0) -> Examples:
         """The same texts with a `share` of their tokens, drawn at random, replaced by the mask token.
 
-        Where there is no mask token, tokens drawn from all the texts take its place. Special tokens stay. A text is corrupted in the same way whenever it is read; `tokens` are still the true ones.
+        Where there is no mask token, tokens drawn from all the texts take its place. Special tokens stay.
+        A text is corrupted in the same way whenever it is read; `tokens` are still the true ones.
 
         Raises:
             ValueError: a share that is not from 0 to 1; examples that are no texts, or whose model is asked at places

@@ -42,8 +42,8 @@ class Recipe:
             it is done. A larger one lets gates shut first, and then open those again that are missed. None keeps it
             constant.
         corrupted: the share of the training texts' tokens that are replaced by the mask token, see
-            `Examples.corrupted`. A model is surer of texts that it was fine-tuned on than of new ones, and needs less of
-            them; a few missing words make it as unsure as it is of new ones.
+            `Examples.corrupted`. A model is surer of texts that it was fine-tuned on than of new ones, and needs less
+            of them; a few missing words make it as unsure as it is of new ones.
         temperature: of the draws while training. The larger it is, the more gates are neither 0 nor 1, and the rest get
             no gradient. A probe is always used with the law's own temperature.
         standardised: heads read states less their mean, divided by their spread, see `GateHead`.
