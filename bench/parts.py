@@ -57,8 +57,8 @@ def main() -> None:
             times = measure.in_turn(parts(shape, dtype), "cpu", options.rounds)
             row = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "threads": options.threads}
             rows.append(row | {name: measure.summary(ms)["ms"] for name, ms in times.items()})
-            print(" ".join(f"{value!s:>9}" if i > 1 else f"{value!s:20}" for i, value in enumerate(rows[-1].values())))
-    print(", ".join(rows[-1]))
+            named = "  ".join(f"{name} {ms:.3f}" for name, ms in list(rows[-1].items())[3:])
+            print(f"{row['shape']!s:20} {row['dtype']:9} ms: {named}", flush=True)
     measure.write_rows(rows, options.json)
 
 

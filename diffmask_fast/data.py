@@ -124,19 +124,20 @@ class Examples:
         """
         if not 0 <= share <= 1:
             raise ValueError(f"share is {share!r}; expected a number from 0 to 1")
-        if "input_ids" not in self.inputs[0] or isinstance(self.kind, AtPositions):
-            what = "no texts" if "input_ids" not in self.inputs[0] else "asked at places that their tokens mark"
+        texts = "input_ids" in self.inputs[0]
+        if not texts or isinstance(self.kind, AtPositions):
+            what = "asked at places that their tokens mark" if texts else "no texts"
             raise ValueError(f"these examples can't be corrupted, being {what}: expected a recipe with corrupted=0")
         generator = torch.Generator().manual_seed(seed)
         rows = [torch.tensor(item["input_ids"]) for item in self.inputs]
         free = [torch.tensor(segments) != SPECIAL for segments in self.segments]
-        pool = torch.cat([row[where] for row, where in zip(rows, free, strict=True)])
+        pool = torch.tensor([self.mask_token or 0])
+        if self.mask_token is None:
+            pool = torch.cat([row[where] for row, where in zip(rows, free, strict=True)])
         inputs = []
         for item, row, where in zip(self.inputs, rows, free, strict=True):
             hit = where & (torch.rand(len(row), generator=generator) < share)
             other = pool[torch.randint(len(pool), row.shape, generator=generator)]
-            if self.mask_token is not None:
-                other = torch.full_like(row, self.mask_token)
             inputs.append({**item, "input_ids": torch.where(hit, other, row).tolist()})
         return replace(self, inputs=inputs)
 
