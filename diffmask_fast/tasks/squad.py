@@ -27,7 +27,7 @@ RECIPES = {
     "input": {
         "steady": Recipe(
             margin=0.85,
-            initial_margin=1.3,
+            initial_margin=1.5,
             corrupted=0.1,
             temperature=0.67,
             standardised=True,
@@ -39,6 +39,7 @@ RECIPES = {
             multiplier_rate=0.03,
             learning_rate=3e-3,
             warmup_steps=50,
+            epochs=5.0,
         ),
         "published": _PUBLISHED,
     },
