@@ -17,7 +17,6 @@ from torch import Tensor
 
 Run = Callable[[], Any]
 WARM_UP = 3
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def in_turn(runs: dict[str, Run], device: str, rounds: int, warm_up: int = WARM_UP) -> dict[str, list[float]]:
@@ -55,17 +54,12 @@ def peak_extra_bytes(run: Run, device: str) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # From a heap with holes the same run takes up to twice as much on one day as on another: blocks above the threshold
-    # come straight from Linux. What was free goes back to it, and it forgets its high-water mark of resident memory.
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-    libc.malloc_trim(0)
+    # Freed memory goes back to Linux, which then forgets its high-water mark of resident memory.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     run()
-    peak = _resident("VmHWM")
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc itself arrives once large blocks were freed
-    return max(0, peak - before)
+    return max(0, _resident("VmHWM") - before)
 
 
 def bytes_kept(forward: Run, inputs: list[Tensor]) -> int:
