@@ -6,7 +6,8 @@ Two ways to the same objective, for each text by itself (De Cao et al. 2020, sec
         mean over real tokens of log P(z != 0)  +  multiplier * (KL(original || masked) - tolerance)
 
 `diffmask_per_example` draws Hard Concrete gates, through which the KL has a gradient; `reinforce` draws Bernoulli gates
-and estimates it by their score, with a moving average of the loss as control variate (Williams 1992).
+and estimates it by their score, with a moving average of the KL as control variate (Williams 1992): one of the loss
+would lag behind the multiplier, and the lag count as a merit of the gates that were drawn.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MULTIPLIERS = (0.3, 200.0)  # between which they stay
 LOOK = 20  # steps between two looks at what would be kept
 PATIENCE = 10  # looks without anything better after which a text is done
 BASELINE_RATE = 0.1  # of the learned baseline, as a share of the logits' rate
-MEMORY = 0.99  # of REINFORCE's moving average
+RECENT = 0.1  # weight of the last draw in the moving average of the KL
 DRAWS = 16  # for the variance
 
 
@@ -135,8 +136,7 @@ def _learned(
         groups.append({"params": [shift], "lr": BASELINE_RATE * rate})
     optimizer = torch.optim.Adam(groups, lr=rate)
     log_multiplier = torch.zeros(len(batch), device=state.device)
-    recent = torch.zeros(len(batch), device=state.device)  # of the KL
-    average = torch.zeros(len(batch), device=state.device)  # of the costs
+    recent = torch.zeros(len(batch), device=state.device)  # KL; with all gates open there is none
     best = Best(
         *(logits.detach().clone(), shift.detach().clone(), lengths.clone()),
         *(torch.ones_like(recent), lengths * 0, lengths * 0),
@@ -147,28 +147,27 @@ def _learned(
         baseline = home.mean.to(state) + unit * shift[rows].to(state)
         return batch.predict(site, batch.mixed(site, gates, baseline, rows), rows)
 
-    def loss(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(R,) losses, divergences, and the costs that scores are weighed with."""
+    def loss(rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(R,) losses and divergences."""
         own, mask = logits[rows], real[rows]
         gates, log_drawn = draw(own, uniforms_of(noise()[rows]))
         found = batch.divergence(masked(gates, rows), rows)
         multiplier = log_multiplier[rows].exp()
-        cost = multiplier * (found / tolerance - 1)
-        total = (log_kept(own) * mask).sum(-1) / lengths[rows] + cost
+        total = (log_kept(own) * mask).sum(-1) / lengths[rows] + multiplier * (found / tolerance - 1)
         if log_drawn is not None:
-            total = total + (cost - average[rows]).detach() * (log_drawn * mask).sum(-1)
-        return total / (1 + multiplier), found.detach(), cost.detach()
+            worse = multiplier * (found.detach() - recent[rows]) / tolerance
+            total = total + worse * (log_drawn * mask).sum(-1)
+        return total / (1 + multiplier), found.detach()
 
     with torch.enable_grad():
         for step in range(1, steps + 1):
             optimizer.zero_grad()
-            losses, found, cost = loss(rows)
+            losses, found = loss(rows)
             losses.sum().backward()
             optimizer.step()
             with torch.no_grad():
                 logits.clamp_(-CLAMP, CLAMP)
-                average[rows] += (1 - MEMORY) * (cost - average[rows])
-                recent[rows] += 0.1 * (found - recent[rows])
+                recent[rows] += RECENT * (found - recent[rows])
                 log_multiplier[rows] += MULTIPLIER_RATE * (found / tolerance - 1).clamp(-1, 1)
                 log_multiplier.clamp_(*map(math.log, MULTIPLIERS))
                 best.steps[rows] = step
