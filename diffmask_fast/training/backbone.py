@@ -9,14 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-PRODUCTS = "diffmask_fast_products"
-PRODUCTS_UP_TO = 512
-"""Tokens up to which, in 16 bits on a CPU, attention by plain products is preferred: PyTorch's fused kernel takes two
-to four times as long there, most of it in backward (bench/train_step.py shows what that is of a step). Memory grows
-with the square of the length, so longer texts keep the model's own attention."""
+from diffmask_fast.training import attention
 
 
 @contextmanager
@@ -57,84 +53,38 @@ def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def running_in(model: nn.Module, dtype: torch.dtype | None, longest: int) -> Iterator[nn.Module]:
+def running_in(model: Any, dtype: torch.dtype | None) -> Iterator[Any]:
     """The model with parameters of `dtype`, and afterwards with its own again, to the last bit.
 
     Unlike autocast it rounds the weights once and not in every pass. Buffers stay as they are: tables of positions
-    and running statistics lose too much in 16 bits.
+    and running statistics lose too much in 16 bits. On a CPU, 16 bits come with an attention that is faster there.
 
     Args:
         model: the frozen model.
         dtype: None leaves everything as it is.
-        longest: tokens of the longest text that it will see.
     """
     kept = {p: p.data for p in model.parameters() if dtype is not None and p.is_floating_point()}
-    attention = _attention_to_restore(model, dtype, longest)
+    own = _attention_to_restore(model, dtype)
     try:
         for parameter, value in kept.items():
             parameter.data = value.to(dtype)
-        if attention is not None:
-            _set_attention(model, PRODUCTS)
+        if own is not None:
+            attention.register()
+            model.set_attn_implementation(attention.NAME)
         yield model
     finally:
         for parameter, value in kept.items():
             parameter.data = value
-        if attention is not None:
-            _set_attention(model, attention)
+        if own is not None:
+            model.set_attn_implementation(own)
 
 
-def _attention_to_restore(model: nn.Module, dtype: torch.dtype | None, longest: int) -> str | None:
+def _attention_to_restore(model: nn.Module, dtype: torch.dtype | None) -> str | None:
     """The name of the model's attention, if it is one to be replaced meanwhile."""
     config = getattr(model, "config", None)
-    attention = getattr(config, "_attn_implementation", None)
+    own = getattr(config, "_attn_implementation", None)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     several = getattr(config, "sub_configs", None)  # each part of such a model has its own
-    faster = dtype in (torch.bfloat16, torch.float16) and on_cpu and longest <= PRODUCTS_UP_TO
+    faster = dtype in (torch.bfloat16, torch.float16) and on_cpu
     can = getattr(model, "_can_set_attn_implementation", None)  # older models choose theirs when they are made
-    return attention if faster and attention == "sdpa" and not several and can is not None and can() else None
-
-
-def _set_attention(model: Any, name: str) -> None:
-    if name == PRODUCTS:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-
-        AttentionInterface.register(PRODUCTS, attention_by_products)
-        AttentionMaskInterface.register(PRODUCTS, sdpa_mask)
-    model.set_attn_implementation(name)
-
-
-def attention_by_products(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """What transformers' "sdpa" computes, as two matrix products and a softmax in the states' own dtype.
-
-    Of a layer nothing but the weights is kept for backward: 2 bytes each, where transformers' "eager" keeps 6.
-
-    Args:
-        module, query, key, value, attention_mask, scaling, is_causal: as transformers hands them to an attention;
-            query (B, heads, T, D), key and value with as many heads or a divisor of that.
-        dropout: a frozen model has none.
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query * scale) @ key.transpose(-1, -2)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    if attention_mask is None and is_causal and query.shape[2] > 1:
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores.add_(attention_mask)
-    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+    return own if faster and own == "sdpa" and not several and can is not None and can() else None

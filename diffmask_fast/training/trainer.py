@@ -262,10 +262,9 @@ def train_probe(
         args._n_gpu = 1  # more than one take `torchrun`: threads in one process would share the model's hooks
     model.to(args.device)
     newest = newest_checkpoint(output_dir) if resume else None
-    dtype, longest = torch.bfloat16 if bf16 else None, max(examples.lengths)
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        stack.enter_context(running_in(model, dtype, longest))
+        stack.enter_context(running_in(model, torch.bfloat16 if bf16 else None))
         patched = stack.enter_context(patch(model))
         remembered = remembered_for(patched, model, examples, predictions or output_dir)
         if not quiet and args.process_index == 0:

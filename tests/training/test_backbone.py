@@ -8,19 +8,11 @@ import torch
 from tiny_probe import a_probe
 
 pytest.importorskip("transformers")
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
 from diffmask_fast.data import encode
 from diffmask_fast.masking import frozen
 from diffmask_fast.sites import patch, register_sites
-from diffmask_fast.training.backbone import (
-    PRODUCTS,
-    PRODUCTS_UP_TO,
-    attention_by_products,
-    checkpointed,
-    compiled,
-    running_in,
-)
+from diffmask_fast.training import attention
+from diffmask_fast.training.backbone import checkpointed, compiled, running_in
 from diffmask_fast.training.objective import Objective
 from diffmask_fast.training.recipe import Recipe
 from diffmask_fast.training.trainer import train_probe
@@ -33,7 +25,7 @@ def test_afterwards_the_model_is_as_it_was_to_the_last_bit(tiny_bert: Any, fails
     inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     plain = model(**inputs).logits
     try:
-        with running_in(model, torch.bfloat16, 3):
+        with running_in(model, torch.bfloat16):
             assert all(p.dtype == torch.bfloat16 for p in model.parameters())
             rounded = model(**inputs).logits
             if fails:
@@ -50,19 +42,18 @@ def test_afterwards_the_model_is_as_it_was_to_the_last_bit(tiny_bert: Any, fails
 
 
 @pytest.mark.parametrize(
-    ("dtype", "longest", "own", "expected"),
+    ("dtype", "own", "expected"),
     [
-        (torch.bfloat16, PRODUCTS_UP_TO, "sdpa", PRODUCTS),
-        (torch.bfloat16, PRODUCTS_UP_TO + 1, "sdpa", "sdpa"),
-        (torch.bfloat16, 3, "eager", "eager"),
-        (None, 3, "sdpa", "sdpa"),
+        (torch.bfloat16, "sdpa", attention.NAME),
+        (torch.float16, "sdpa", attention.NAME),
+        (torch.bfloat16, "eager", "eager"),
+        (torch.float32, "sdpa", "sdpa"),
+        (None, "sdpa", "sdpa"),
     ],
 )
-def test_attention_by_plain_products_where_it_is_faster(
-    tiny_bert: Any, dtype: Any, longest: int, own: str, expected: str
-) -> None:
+def test_sdpa_alone_is_replaced_and_in_16_bits_alone(tiny_bert: Any, dtype: Any, own: str, expected: str) -> None:
     model = tiny_bert("ForSequenceClassification", attn_implementation=own)
-    with running_in(model, dtype, longest):
+    with running_in(model, dtype):
         assert model.config._attn_implementation == expected
     assert model.config._attn_implementation == own
 
@@ -70,13 +61,13 @@ def test_attention_by_plain_products_where_it_is_faster(
 def test_without_a_dtype_nothing_changes(tiny_bert: Any) -> None:
     model = tiny_bert("ForSequenceClassification")
     before = [parameter.data_ptr() for parameter in model.parameters()]
-    with running_in(model, None, 3):
+    with running_in(model, None):
         assert [parameter.data_ptr() for parameter in model.parameters()] == before
 
 
 def test_a_model_without_a_configuration_runs_too() -> None:
     model = torch.nn.Linear(3, 2)
-    with running_in(model, torch.bfloat16, 3):
+    with running_in(model, torch.bfloat16):
         assert model(torch.zeros(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert model.weight.dtype == torch.float32
 
@@ -90,7 +81,7 @@ def test_checkpointed_layers_give_a_steps_loss_and_gradients_to_the_last_bit(
     ids = torch.randint(5, 50, (4, 9), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": (torch.arange(9) < torch.tensor([[9], [5], [7], [9]])).long()}
     runs = []
-    with frozen(model), running_in(model, torch.bfloat16 if bf16 else None, 9), patch(model) as patched:
+    with frozen(model), running_in(model, torch.bfloat16 if bf16 else None), patch(model) as patched:
         objective = Objective(patched, a_probe(masking), Recipe()).eval()
         objective.draw_sites = lambda count: torch.tensor([2, 0, 3, 1])
         for wrap in (lambda layers: nullcontext(), checkpointed):
@@ -200,32 +191,3 @@ def test_compiled_layers_give_the_plain_states_whatever_is_captured_and_make_no_
         after = patched.run(inputs, capture=range(4))
     assert torch.equal(after.output.logits, plain.output.logits)
     assert not any("forward" in vars(module) for module in model.modules())
-
-
-@pytest.mark.parametrize("mask", ["none", "causal", "bool", "added"])
-@pytest.mark.parametrize("heads", [4, 2])
-def test_attention_by_products_is_that_of_sdpa(mask: str, heads: int) -> None:
-    torch.manual_seed(0)
-    query = torch.randn(2, 4, 5, 8, dtype=torch.float64, requires_grad=True)
-    key, value = (torch.randn(2, heads, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    real = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()[:, None, None].expand(2, 1, 5, 5)
-    given = {"bool": real, "added": torch.zeros(2, 1, 5, 5).double().masked_fill(~real, -1e9)}.get(mask)
-    module = torch.nn.Module()
-    module.is_causal, module.num_key_value_groups = mask == "causal", 4 // heads
-    grad = torch.randn(2, 5, 4, 8, dtype=torch.float64)
-    results = []
-    for attend in (attention_by_products, sdpa_attention_forward):
-        out, _ = attend(module, query, key, value, given, scaling=0.3)
-        results.append((out, *torch.autograd.grad(out, (query, key, value), grad)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-def test_masked_by_products_a_padded_text_has_the_states_of_the_text_alone(tiny_bert: Any) -> None:
-    model = tiny_bert("ForSequenceClassification", attn_implementation="sdpa")
-    alone = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-    padded = {name: torch.nn.functional.pad(value, (0, 2)) for name, value in alone.items()}
-    with running_in(model, torch.bfloat16, 5), torch.no_grad():
-        one, other = model(**alone).logits, model(**padded).logits
-    # the same products of 8-bit mantissas, perhaps in another order
-    torch.testing.assert_close(one, other, rtol=0, atol=0.02)
