@@ -7,7 +7,7 @@ The quality of a probe: the mean over sites of the share of tokens that it keeps
 whose divergence is over 1.1 times the tolerance counts as 1. Less is better. The published recipe's steps are run by
 our engine, which the tests hold to them, and priced at what a published step takes (two full passes in float32 on texts
 padded to 384 tokens), timed before and after. Our time is all of `train_probe`. Probes are measured after the training,
-in float32.
+on the model that they were trained on, in bfloat16.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from diffmask_fast.data import Examples, encode
 from diffmask_fast.models import load_for
 from diffmask_fast.probes import Probe
 from diffmask_fast.tasks.squad import RECIPES, read_squad
+from diffmask_fast.training.backbone import running_in
 from diffmask_fast.training.evaluation import attribution_metrics
 from diffmask_fast.training.recipe import Recipe
 from diffmask_fast.training.trainer import fresh_probe, train_probe
@@ -109,8 +110,8 @@ def row(
     theirs = trained(model, examples, recipes["published"], masking, mask_token, seed, 1)
     ours = trained(model, examples, recipes["steady"], masking, mask_token, seed, LOOKS)
     prices += seconds_of_published_steps(model, examples, masking, seed)
-    best, aim, _ = min(measured(model, dev, theirs, tolerance), key=lambda found: found[1])
-    for look, found, divergence in measured(model, dev, ours, tolerance):  # noqa: B007
+    best, aim, _ = min(measured(model, dev, theirs, tolerance, "published"), key=lambda found: found[1])
+    for look, found, divergence in measured(model, dev, ours, tolerance, "steady"):  # noqa: B007
         if found <= aim:
             break
     seconds_published = best.step * statistics.mean(prices)
@@ -129,11 +130,17 @@ def row(
     }
 
 
-def measured(model: Any, dev: Examples, looks: list[Look], tolerance: float) -> Iterator[tuple[Look, float, float]]:
-    """Of each look its quality, and the largest divergence of a site."""
-    for look in looks:
-        rows = attribution_metrics(explain(model, look.probe.eval(), dev))
-        yield look, quality(rows, tolerance), max(site["kl"] for site in rows)
+def measured(
+    model: Any, dev: Examples, looks: list[Look], tolerance: float, name: str
+) -> Iterator[tuple[Look, float, float]]:
+    """Of each look its quality, and the largest divergence of a site. A line is printed for each, as they take long."""
+    with running_in(model, torch.bfloat16):
+        for look in looks:
+            rows = attribution_metrics(explain(model, look.probe.eval(), dev))
+            found = quality(rows, tolerance)
+            sites = " ".join(f"{site['open']:.2f}@{site['kl']:.2f}" for site in rows)
+            print(f"  {name}, step {look.step}, {look.seconds:.0f} s: {found:.4f} = {sites}", flush=True)
+            yield look, found, max(site["kl"] for site in rows)
 
 
 def fitting(examples: Examples) -> Examples:

@@ -47,7 +47,8 @@ class Objective(nn.Module):
 
     A step runs no more of the model than it needs: where the original prediction is known, input masking leaves the
     clean pass after the deepest site drawn, and hidden masking has no clean pass at all; else it shares what lies below
-    the lowest site drawn.
+    the lowest site drawn. Several draws of an example share its clean pass, or for hidden masking that lower part, and
+    its gate logits.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Objective(nn.Module):
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         examples = inputs.pop("example", None)
-        real = inputs["attention_mask"]
+        real = self.repeated(inputs["attention_mask"])
         sites = self.draw_sites(len(real)).to(real.device)
         remembered = self.remembered if examples is not None else None
         original = None if remembered is None else remembered.get(examples.tolist())
@@ -85,8 +86,9 @@ class Objective(nn.Module):
                 check_finite(table)
             if remembered is not None:
                 remembered.put(examples.tolist(), original)
+        inputs = {name: self.repeated(value) for name, value in inputs.items()}
+        original = tuple(self.repeated(table.to(real.device)) for table in original)
         masked_output, gates, sparsity = self.masked_pass(inputs, states, sites)
-        original = tuple(table.to(real.device) for table in original)
         kind = self.kind or kind_of(masked_output)
         divergence = kind.divergence(original, kind.tables(masked_output, inputs))
         sparsity = (sparsity * real).sum(-1) / real.sum(-1)
@@ -111,6 +113,10 @@ class Objective(nn.Module):
         if initial is not None:
             self.probe.set_bound(initial + (final - initial) * min(1.0, progress / GROWN))
 
+    def repeated(self, rows: Tensor) -> Tensor:
+        """(B, ...) of each example -> (draws * B, ...) of each draw."""
+        return torch.cat([rows] * self.recipe.draws) if self.recipe.draws > 1 else rows
+
     def draw_sites(self, examples: int) -> Tensor:
         """(B,) the deepest site that the probe may look at, for each example."""
         count = self.probe.num_sites
@@ -128,10 +134,14 @@ class Objective(nn.Module):
             if self.probe.masking == "input":
                 deepest = int(sites.max())
                 return self.patched.run(inputs, capture=self.probe.reads(deepest), stop=None if whole else deepest)
-            return self.patched.run(inputs, capture=(int(sites.min()),)) if whole else (None, {})
+            if not whole and self.recipe.draws == 1:
+                return None, {}
+            lowest = int(sites.min())
+            return self.patched.run(inputs, capture=(lowest,), stop=None if whole else lowest)
 
     def masked_pass(self, inputs: dict, states: dict[int, Tensor], sites: Tensor) -> tuple[Any, Tensor, Tensor]:
-        """The masked output, and (B, T) gates and log P(z != 0) of each example at its site."""
+        """The masked output, and (B, T) gates and log P(z != 0) of each draw at its site; states are of each example,
+        all else is of each draw."""
         step = self._input_masking if self.probe.masking == "input" else self._hidden_masking
         return step(inputs, states, sites)
 
@@ -154,10 +164,10 @@ class Objective(nn.Module):
         return self.pull * (shut * real).sum(-1, keepdim=True) / real.sum(-1, keepdim=True)
 
     def _input_masking(self, inputs: dict, states: dict[int, Tensor], sites: Tensor) -> tuple[Any, Tensor, Tensor]:
-        logits = self.probe.logits(states, int(sites.max()))
+        logits = self.repeated(self.probe.logits(states, int(sites.max())))
         beyond = torch.arange(logits.shape[-1], device=sites.device) > sites[:, None, None]
         logits = logits.masked_fill(beyond, ALWAYS_OPEN)
-        mixed, gates, opens = self.draw(states[0], logits, self.probe.baseline(0))
+        mixed, gates, opens = self.draw(self.repeated(states[0]), logits, self.probe.baseline(0))
         sparsity = opens[..., -1]
         if self.recipe.credit == "own":
             own_logits = logits.gather(-1, sites[:, None, None].expand(*logits.shape[:2], 1)).squeeze(-1)
@@ -191,7 +201,7 @@ class Objective(nn.Module):
         entry = None
         if states:
             ((lowest, state),) = states.items()
-            entry = (lowest, replacements.pop(lowest)(state))
+            entry = (lowest, replacements.pop(lowest)(self.repeated(state)))
         output = self.patched.run(inputs, resume=entry, replace=replacements).output
         back = torch.cat(order).argsort()
         return output, torch.cat(gates)[back], torch.cat(sparsity)[back]

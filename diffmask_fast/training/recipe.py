@@ -17,7 +17,7 @@ CHOICES = {
 }
 POSITIVE = (
     *("tolerance", "margin", "temperature", "bound", "initial_multiplier", "multiplier_rate", "largest_multiplier"),
-    *("learning_rate", "baseline_learning_rate", "epochs", "batch_size"),
+    *("learning_rate", "baseline_learning_rate", "epochs", "batch_size", "draws"),
 )
 OPTIONAL = ("initial_margin", "initial_bound")  # above 0, or None
 SHARES = ("pull", "corrupted")  # from 0 to 1
@@ -74,6 +74,8 @@ class Recipe:
         schedule, warmup_steps: learning-rate schedule by its Hugging Face name.
         epochs: passes over the data.
         batch_size: examples a step.
+        draws: of gates for each example in a step, each at a site of its own where `draw` is "example". They share what
+            does not depend on the gates, but tell less than draws on different texts (docs/performance.md).
     """
 
     tolerance: float = 1.0
@@ -102,6 +104,7 @@ class Recipe:
     warmup_steps: int = 0
     epochs: float = 2.0
     batch_size: int = 8
+    draws: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():

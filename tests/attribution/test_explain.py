@@ -10,6 +10,7 @@ from torch import nn
 from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import Examples, encode
 from diffmask_fast.probes import Probe
+from diffmask_fast.sites import Patched
 from diffmask_fast.tasks.toy import ToyModel, toy_examples
 
 TEXTS = ["a fine film", "the old king walked in paris .", "dull", "who was the new queen of the city ?"]
@@ -45,6 +46,27 @@ def test_the_batch_size_does_not_matter(batch_size: int, classifier: Any, tokeni
     assert other.tokens == usual.tokens and other.masked == usual.masked
     torch.testing.assert_close(other.keep, usual.keep, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(other.divergence, usual.divergence, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("masking", ["input", "hidden"])
+def test_a_site_at_which_nothing_is_dropped_takes_no_pass_and_changes_nothing(
+    masking: str, classifier: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = a_probe(masking)
+    for head, bias in zip(probe.heads, (50.0, 50.0, -50.0, -50.0), strict=True):
+        head.bias.data.fill_(bias)
+    run, resumed = Patched.run, []
+
+    def watched(self: Any, inputs: Any, **asked: Any) -> Any:
+        resumed.append("resume" in asked)
+        return run(self, inputs, **asked)
+
+    monkeypatch.setattr(Patched, "run", watched)
+    result = explain(classifier, probe, TEXTS, tokenizer)
+    assert (result.keep[:, :2] > 0.5).all() and (result.keep[:, 2:] < 0.5).all()
+    assert resumed == [False, True, True]
+    assert (result.divergence[:, :2] == 0).all() and result.kept_prediction[:, :2].all()
+    assert (result.divergence[:, 2:] > 0).any(0).all()
 
 
 def test_attributions_come_in_the_order_of_the_texts(classifier: Any, tokenizer: Any) -> None:

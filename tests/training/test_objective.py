@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import published
@@ -161,6 +162,51 @@ def test_sites_by_example_are_the_mean_of_each_examples_plain_step(
     plain = torch.cat(terms).mean()
     torch.testing.assert_close(loss, plain, rtol=1e-9, atol=1e-9)
     same(gradients(objective, loss), gradients(objective, plain))
+
+
+@pytest.mark.parametrize("masking", ["input", "hidden"])
+def test_several_draws_are_the_mean_of_the_plain_steps_of_each(
+    masking: str, make: Any, call: Any, model: nn.Module, inputs: dict
+) -> None:
+    sites = [3, 1, 2, 1, 1, 2]  # of three examples, and of the same three again
+    objective = make(masking, with_recipe(draw="example", draws=2), sites)
+    torch.manual_seed(SEED)
+    loss = call(objective, inputs)
+    torch.manual_seed(SEED)
+    by_draw: dict[int, Tensor] = {}
+    if masking == "input":
+        u = uniforms(draw_seed(), 6 * 6 * 4).view(6, 6, -1)
+        by_draw = {d: u[d : d + 1, :, : site + 1] for d, site in enumerate(sites)}
+    else:
+        for site in (1, 2, 3):
+            rows = [d for d, s in enumerate(sites) if s == site]
+            by_draw |= dict(zip(rows, uniforms(draw_seed(), len(rows) * 6).view(-1, 1, 6, 1), strict=True))
+    terms = []
+    for d, site in enumerate(sites):
+        one = {name: value[d % 3 : d % 3 + 1] for name, value in inputs.items()}
+        terms.append(plain_step(model, objective, one, site, by_draw[d].double()))
+    plain = torch.cat(terms).mean()
+    torch.testing.assert_close(loss, plain, rtol=1e-9, atol=1e-9)
+    same(gradients(objective, loss), gradients(objective, plain))
+
+
+@pytest.mark.parametrize(("masking", "parting"), [("input", 3), ("hidden", 1)])
+def test_several_draws_share_a_clean_pass_up_to_where_they_part(
+    masking: str, parting: int, make: Any, inputs: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = make(masking, with_recipe(draw="example", draws=2), [3, 1, 2, 1, 1, 2])
+    run, passes = objective.patched.run, []
+    output = run(inputs).output
+    known = kind_of(output).tables(output, inputs)
+
+    def watched(given: dict, **asked: Any) -> Any:
+        passes.append((len(given["input_ids"]), asked.get("stop")))
+        return run(given, **asked)
+
+    monkeypatch.setattr(objective.patched, "run", watched)
+    objective.remembered = SimpleNamespace(get=lambda numbers: known)
+    objective(**inputs, example=EXAMPLES)
+    assert passes == [(3, parting), (6, None)]
 
 
 def test_credit_changes_the_gradients_of_the_lower_heads_only(make: Any, inputs: dict) -> None:

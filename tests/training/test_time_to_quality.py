@@ -68,6 +68,7 @@ def test_a_small_run_gives_a_row_with_all_its_columns(
 def test_the_divergence_of_a_look_is_the_largest_of_a_site(tiny_bert: Any, tokenizer: Any) -> None:
     model = tiny_bert("ForQuestionAnswering")
     examples = encode(tokenizer, TEXTS[:3], model)
-    ((_, found, divergence),) = bench.measured(model, examples, [bench.Look(1, 1.0, a_probe())], 1.0)
-    rows = attribution_metrics(bench.explain(model, a_probe().eval(), examples))
+    ((_, found, divergence),) = bench.measured(model, examples, [bench.Look(1, 1.0, a_probe())], 1.0, "ours")
+    with bench.running_in(model, torch.bfloat16):
+        rows = attribution_metrics(bench.explain(model, a_probe().eval(), examples))
     assert divergence == max(row["kl"] for row in rows) > 0 and found == bench.quality(rows, 1.0)

@@ -1,0 +1,146 @@
+"""Do several draws of gates on one clean pass pay? What a step's gradient varies by, and what a step takes.
+
+    python bench/draws.py --folder MODEL --data TRAIN.json [--masking input hidden] [--ways 8x1 4x2 2x4] [--steps 64]
+        [--trained 0.5] [--limit N] [--json FILE]
+
+A way is texts x draws of each. A probe is trained first, by the recipe as it stands, for `--trained` epochs, so that
+gates are neither all open nor settled. Then each way takes its turn at random batches of that probe, which stays as it
+is. `noise`: the variance of a step's gradient, summed over all parameters, divided by the squared length of the mean
+gradient of all ways. As a training averages over steps, what counts is noise x seconds; `worth` is that of the first
+way divided by that of this one: above 1 it pays. Original predictions are remembered, as in later epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import measure
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from diffmask_fast.data import Examples, encode
+from diffmask_fast.masking import frozen
+from diffmask_fast.models import load_for
+from diffmask_fast.sites import patch
+from diffmask_fast.tasks.squad import RECIPES, read_squad
+from diffmask_fast.training.backbone import running_in
+from diffmask_fast.training.objective import Objective
+from diffmask_fast.training.recipe import Recipe
+from diffmask_fast.training.remembered import remembered_for
+from diffmask_fast.training.trainer import fresh_probe, train_probe
+
+
+def rows_of(
+    model: Any, examples: Examples, recipe: Recipe, masking: str, mask_token: int | None, ways: list[tuple[int, int]],
+    steps: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each of the ways, (texts, draws of each)."""
+    sums = {way: Gradients() for way in ways}
+    seconds = dict.fromkeys(ways, 0.0)
+    probe = fresh_probe(model, examples, recipe, masking, mask_token=mask_token)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        trained = train_probe(model, probe, examples, recipe, f"{folder}/run", bf16=True, quiet=True)
+        stack.enter_context(frozen(model))
+        stack.enter_context(running_in(model, torch.bfloat16))
+        patched = stack.enter_context(patch(model))
+        remembered = remembered_for(patched, model, examples, folder)
+        objectives = {}
+        for way in ways:
+            objectives[way] = Objective(patched, probe, replace(recipe, draws=way[1]), remembered, kind=examples.kind)
+            objectives[way].multipliers.load_state_dict(trained.multipliers.state_dict())
+            objectives[way].pull = trained.pull
+            objectives[way].eval()  # the multipliers stay as they are too
+        by_length = sorted(range(len(examples)), key=examples.lengths.__getitem__)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(steps):
+            for way in ways:
+                # neighbours in length, as the trainer takes them
+                first = int(torch.randint(len(by_length) - way[0] + 1, (), generator=generator))
+                numbers = by_length[first : first + way[0]]
+                batch = examples.collate([examples[i] for i in numbers]) | {"example": torch.tensor(numbers)}
+                with torch.no_grad():
+                    objectives[way](**batch)  # so that their predictions are remembered, and the caches warm
+                start = time.perf_counter()
+                gradients = torch.autograd.grad(
+                    objectives[way](**batch)["loss"], list(probe.parameters()), allow_unused=True
+                )
+                seconds[way] += time.perf_counter() - start
+                flat = [
+                    torch.zeros_like(p) if g is None else g for p, g in zip(probe.parameters(), gradients, strict=True)
+                ]
+                sums[way].add(torch.cat([g.flatten() for g in flat]).double())
+    mean = torch.stack([each.mean() for each in sums.values()]).mean(0)
+    costs = {way: (sums[way].variance() / mean.square().sum()).item() for way in ways}
+    base = costs[ways[0]] * seconds[ways[0]]
+    return [
+        {
+            "masking": masking,
+            "texts": way[0],
+            "draws": way[1],
+            "steps": steps,
+            "seconds": round(seconds[way] / steps, 4),
+            "noise": round(costs[way], 3),
+            "worth": round(base / (costs[way] * seconds[way]), 3),
+        }
+        for way in ways
+    ]
+
+
+class Gradients:
+    """Sums over the gradients (P,) of many steps."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: Any = 0.0
+        self.second: Any = 0.0
+
+    def add(self, gradient: Tensor) -> None:
+        self.count += 1
+        self.first = self.first + gradient
+        self.second = self.second + gradient.square()
+
+    def mean(self) -> Tensor:
+        return self.first / self.count
+
+    def variance(self) -> Tensor:
+        """Unbiased, summed over the parameters."""
+        return (self.second - self.first.square() / self.count).sum() / (self.count - 1)
+
+
+def way(text: str) -> tuple[int, int]:
+    texts, _, draws = text.partition("x")
+    if not (texts.isdecimal() and draws.isdecimal() and int(texts) and int(draws)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected texts x draws, as in 4x2")
+    return int(texts), int(draws)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", required=True, help="a question-answering model")
+    parser.add_argument("--data", required=True, help="SQuAD JSON")
+    parser.add_argument("--masking", choices=("input", "hidden"), nargs="+", default=("input", "hidden"))
+    parser.add_argument("--ways", type=way, nargs="+", default=[(8, 1), (4, 2), (2, 4)])
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--trained", type=float, default=0.5, help="epochs before the gradients are looked at")
+    parser.add_argument("--limit", type=int, help="use only so many questions")
+    options = measure.options(str(__doc__), parser)
+    model: Any = load_for(options.folder, "QuestionAnswering")
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    examples = encode(tokenizer, read_squad(options.data)[: options.limit], model)
+    rows = []
+    for masking in options.masking:
+        recipe = replace(RECIPES[masking]["steady"], epochs=options.trained)
+        for row in rows_of(model, examples, recipe, masking, tokenizer.mask_token_id, options.ways, options.steps):
+            rows.append(row | {"threads": options.threads})
+            print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
+    measure.write_rows(rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
