@@ -1,12 +1,13 @@
-"""Do several draws of gates on one clean pass pay? What a step's gradient varies by, and what a step takes.
+"""Do several draws of gates on one clean pass pay? How alike two draws of a text are, and what a step takes.
 
     python bench/draws.py --folder MODEL --data TRAIN.json [--masking input hidden] [--ways 8x1 4x2 2x4] [--steps 64]
         [--trained 0.5] [--limit N] [--json FILE]
 
 A way is texts x draws of each. A probe is trained first, by the recipe as it stands, for `--trained` epochs, so that
-gates are neither all open nor settled. Then each way takes its turn at random batches of that probe, which stays as it
-is. `noise`: the variance of a step's gradient, summed over all parameters, divided by the squared length of the mean
-gradient of all ways. As a training averages over steps, what counts is noise x seconds; `worth` is that of the first
+gates are neither all open nor settled; it stays as it is from there. `alike` is the correlation of the gradients of two
+draws of one text, over as many texts as there are steps. It tells the variance of a step's gradient, `noise`, which for
+n texts and d draws of each goes with (alike + (1 - alike) / d) / n; that of a single draw is 1. Then each way takes its
+turn at random batches. As a training averages over steps, what counts is noise x seconds; `worth` is that of the first
 way divided by that of this one: above 1 it pays. Original predictions are remembered, as in later epochs.
 """
 
@@ -41,7 +42,6 @@ def rows_of(
     steps: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each of the ways, (texts, draws of each)."""
-    sums = {way: Gradients() for way in ways}
     seconds = dict.fromkeys(ways, 0.0)
     probe = fresh_probe(model, examples, recipe, masking, mask_token=mask_token)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -50,34 +50,38 @@ def rows_of(
         stack.enter_context(running_in(model, torch.bfloat16))
         patched = stack.enter_context(patch(model))
         remembered = remembered_for(patched, model, examples, folder)
-        objectives = {}
-        for way in ways:
-            objectives[way] = Objective(patched, probe, replace(recipe, draws=way[1]), remembered, kind=examples.kind)
-            objectives[way].multipliers.load_state_dict(trained.multipliers.state_dict())
-            objectives[way].pull = trained.pull
-            objectives[way].eval()  # the multipliers stay as they are too
+
+        def objective(draws: int) -> Objective:
+            made = Objective(patched, probe, replace(recipe, draws=draws), remembered, kind=examples.kind)
+            made.multipliers.load_state_dict(trained.multipliers.state_dict())
+            made.pull = trained.pull
+            return made.eval()  # the multipliers stay as they are too
+
         by_length = sorted(range(len(examples)), key=examples.lengths.__getitem__)
         generator = torch.Generator().manual_seed(0)
+
+        def batch(texts: int) -> dict[str, Tensor]:
+            """Neighbours in length, as the trainer takes them."""
+            first = int(torch.randint(len(by_length) - texts + 1, (), generator=generator))
+            numbers = by_length[first : first + texts]
+            return examples.collate([examples[i] for i in numbers]) | {"example": torch.tensor(numbers)}
+
+        single = objective(1)
+        pairs = []
+        for _ in range(steps):
+            one = batch(1)
+            pairs.append(torch.stack([gradient(single, one), gradient(single, one)]))
+        close = alike(torch.stack(pairs))
+        objectives = {way: objective(way[1]) for way in ways}
         for _ in range(steps):
             for way in ways:
-                # neighbours in length, as the trainer takes them
-                first = int(torch.randint(len(by_length) - way[0] + 1, (), generator=generator))
-                numbers = by_length[first : first + way[0]]
-                batch = examples.collate([examples[i] for i in numbers]) | {"example": torch.tensor(numbers)}
+                given = batch(way[0])
                 with torch.no_grad():
-                    objectives[way](**batch)  # so that their predictions are remembered, and the caches warm
+                    objectives[way](**given)  # so that their predictions are remembered, and the caches warm
                 start = time.perf_counter()
-                gradients = torch.autograd.grad(
-                    objectives[way](**batch)["loss"], list(probe.parameters()), allow_unused=True
-                )
+                gradient(objectives[way], given)
                 seconds[way] += time.perf_counter() - start
-                flat = [
-                    torch.zeros_like(p) if g is None else g for p, g in zip(probe.parameters(), gradients, strict=True)
-                ]
-                sums[way].add(torch.cat([g.flatten() for g in flat]).double())
-    mean = torch.stack([each.mean() for each in sums.values()]).mean(0)
-    costs = {way: (sums[way].variance() / mean.square().sum()).item() for way in ways}
-    base = costs[ways[0]] * seconds[ways[0]]
+    base = noise(close, *ways[0]) * seconds[ways[0]]
     return [
         {
             "masking": masking,
@@ -85,32 +89,32 @@ def rows_of(
             "draws": way[1],
             "steps": steps,
             "seconds": round(seconds[way] / steps, 4),
-            "noise": round(costs[way], 3),
-            "worth": round(base / (costs[way] * seconds[way]), 3),
+            "alike": round(close, 3),
+            "noise": round(noise(close, *way), 4),
+            "worth": round(base / (noise(close, *way) * seconds[way]), 3),
         }
         for way in ways
     ]
 
 
-class Gradients:
-    """Sums over the gradients (P,) of many steps."""
+def gradient(objective: Objective, batch: dict[str, Tensor]) -> Tensor:
+    """(P,) of all the probe's parameters, from one step."""
+    parameters = list(objective.probe.parameters())
+    found = torch.autograd.grad(objective(**batch)["loss"], parameters, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+    )
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: Any = 0.0
-        self.second: Any = 0.0
 
-    def add(self, gradient: Tensor) -> None:
-        self.count += 1
-        self.first = self.first + gradient
-        self.second = self.second + gradient.square()
+def alike(pairs: Tensor) -> float:
+    """(N, 2, P) gradients of two draws of N texts -> their correlation within a text, all parameters together."""
+    centred = pairs.double() - pairs.double().mean((0, 1))
+    return ((centred[:, 0] * centred[:, 1]).sum() / (centred.square().sum() / 2)).item()
 
-    def mean(self) -> Tensor:
-        return self.first / self.count
 
-    def variance(self) -> Tensor:
-        """Unbiased, summed over the parameters."""
-        return (self.second - self.first.square() / self.count).sum() / (self.count - 1)
+def noise(alike: float, texts: int, draws: int) -> float:
+    """The variance of a step's gradient, in variances of that of a single draw."""
+    return (alike + (1 - alike) / draws) / texts
 
 
 def way(text: str) -> tuple[int, int]:
