@@ -54,7 +54,7 @@ def rows_of(
         def objective(draws: int) -> Objective:
             made = Objective(patched, probe, replace(recipe, draws=draws), remembered, kind=examples.kind)
             made.multipliers.load_state_dict(trained.multipliers.state_dict())
-            made.pull = trained.pull
+            made.set_progress(1.0)  # of that training
             return made.eval()  # the multipliers stay as they are too
 
         by_length = sorted(range(len(examples)), key=examples.lengths.__getitem__)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 NAME = "diffmask_fast"
 PIECE = 1 << 20
-"""Scores that are worked on at once, as near as whole heads of an example come to it. Of half and twice as many neither
-was faster at 126 to 2,048 tokens, on cores with 1 MB of second-level cache."""
+"""Scores that are worked on at once: some heads of an example, or some queries of a head. Of half and twice as many
+neither was faster at 126 to 2,048 tokens, on cores with 1 MB of second-level cache."""
 _BEYOND = ("position_bias", "cache", "softcap")  # what "sdpa" takes (or refuses) beside a mask
 
 
@@ -34,14 +34,15 @@ def attention(
 
     Args:
         module, query, key, value, attention_mask, scaling, is_causal, more: as transformers hands them to an attention;
-            query (B, heads, T, D), key and value with as many heads or a divisor of that. With a position bias, a cache
-            or a soft cap it is "sdpa" itself that runs.
+            query (B, heads, T, D), key and value with as many heads or a divisor of that. With a position bias, a
+            cache, a soft cap or a mask that needs a gradient it is "sdpa" itself that runs.
         dropout: a frozen model has none.
 
     Returns:
         (B, T, heads, D), contiguous, and no weights.
     """
-    if any(more.get(name) is not None for name in _BEYOND):
+    learned = attention_mask is not None and (attention_mask.requires_grad or attention_mask.dim() != 4)
+    if learned or len(query) != len(key) or any(more.get(name) is not None for name in _BEYOND):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         settings = {"scaling": scaling, "is_causal": is_causal, **more}
@@ -66,40 +67,47 @@ def register() -> None:
 
 
 class _Piece(NamedTuple):
-    """Some heads of one example, the keys that any of its queries sees, and what is masked among those: True where a
-    score does not count, or what is added to each, or nothing."""
+    """Some heads of one example and the keys that any of their queries sees."""
 
     example: int
     heads: slice
     keys: slice
-    mask: Tensor | None
+    mask: Tensor | None  # (1 or heads, T, keys): bool, True where a score counts, or what is added to each
+    causal: bool
 
-    def weights(self, query: Tensor, key: Tensor) -> Tensor:
-        """(heads, T, keys)"""
-        scores = query[self.example, self.heads] @ key[self.example, self.heads, self.keys].mT
-        if self.mask is not None and self.mask.dtype == torch.bool:
-            scores.masked_fill_(self.mask, torch.finfo(scores.dtype).min)
-        elif self.mask is not None:
-            scores.add_(self.mask)
-        return scores.softmax(-1)
+    def queries(self, tokens: int) -> Iterator[slice]:
+        """All at once if they are not too many."""
+        together = max(1, PIECE // self.keys.stop)
+        for first in range(0, tokens, together):
+            yield slice(first, min(tokens, first + together))
+
+    def weights(self, query: Tensor, key: Tensor, queries: slice) -> Tensor:
+        """(heads, queries, keys)"""
+        scores = query[self.example, self.heads, queries] @ key[self.example, self.heads, self.keys].mT
+        if self.causal:
+            numbers = torch.arange(max(queries.stop, self.keys.stop), device=scores.device)
+            scores.masked_fill_(numbers[: self.keys.stop] > numbers[queries, None], -torch.inf)
+        if self.mask is None:
+            return scores.softmax(-1)
+        mask = self.mask[:, queries]
+        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+        return torch._safe_softmax(scores, -1)  # 0 for a query that sees no key
 
 
 def _pieces(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Iterator[_Piece]:
     examples, heads, tokens, _ = query.shape
     longest = key.shape[2]
     seen = [longest] * examples
-    if causal:
-        mask = torch.ones(1, 1, tokens, longest, dtype=torch.bool, device=query.device).tril()
     if mask is not None:
         mask = mask.expand(examples, mask.shape[1], tokens, longest)
         alone = _padding(mask)
-        mask, seen = (None, alone) if alone else (~mask if mask.dtype == torch.bool else mask, seen)
+        mask, seen = (None, alone) if alone else (mask, seen)
     for example, keys in enumerate(seen):
         together = max(1, PIECE // (tokens * keys))
         for first in range(0, heads, together):
             part = slice(first, first + together)
             masked = None if mask is None else mask[example, part if mask.shape[1] > 1 else slice(None)]
-            yield _Piece(example, part, slice(keys), masked)
+            yield _Piece(example, part, slice(0, keys), masked, causal)
 
 
 def _padding(mask: Tensor) -> list[int] | None:
@@ -120,9 +128,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, c
     examples, heads, tokens, _ = query.shape
     out = query.new_empty(examples, tokens, heads, value.shape[-1])
     for piece in _pieces(query, key, mask, causal):
-        example, part, keys, _ = piece
-        mixed = piece.weights(query, key) @ value[example, part, keys]
-        out[example, :, part] = mixed.transpose(0, 1)
+        example, part, keys, *_ = piece
+        for queries in piece.queries(tokens):
+            mixed = piece.weights(query, key, queries) @ value[example, part, keys]
+            out[example, queries, part] = mixed.transpose(0, 1)
     return out
 
 
@@ -132,15 +141,27 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for piece in _pieces(query, key, mask, causal):
-        example, part, keys, _ = piece
-        weights = piece.weights(query, key)
-        above = grad[example, :, part].transpose(0, 1)
-        through = torch._softmax_backward_data(above @ value[example, part, keys].mT, weights, -1, weights.dtype)
-        grad_query[example, part] = through @ key[example, part, keys]
-        # oneDNN is slow where the left one of two large factors is transposed
-        grad_key[example, part, keys] = (query[example, part].mT @ through).mT
-        grad_value[example, part, keys] = (above.mT @ weights).mT
+        example, part, keys, *_ = piece
+        to_key, to_value = [], []
+        for queries in piece.queries(query.shape[2]):
+            weights = piece.weights(query, key, queries)
+            above = grad[example, queries, part].transpose(0, 1)
+            onward = above @ value[example, part, keys].mT
+            scores = torch._softmax_backward_data(onward, weights, -1, weights.dtype)
+            grad_query[example, part, queries] = scores @ key[example, part, keys]
+            # oneDNN is slow where the left one of two large factors is transposed
+            to_key.append((query[example, part, queries].mT @ scores).mT)
+            to_value.append((above.mT @ weights).mT)
+        grad_key[example, part, keys], grad_value[example, part, keys] = _sum(to_key), _sum(to_value)
     return grad_query, grad_key, grad_value
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return (
+        parts[0]
+        if len(parts) == 1
+        else torch.stack(parts).sum(0, dtype=torch.promote_types(parts[0].dtype, torch.float32))
+    )
 
 
 @_attention.register_fake

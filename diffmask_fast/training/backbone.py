@@ -3,6 +3,8 @@ little kept for backward."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -85,6 +87,13 @@ def _attention_to_restore(model: nn.Module, dtype: torch.dtype | None) -> str | 
     own = getattr(config, "_attn_implementation", None)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     several = getattr(config, "sub_configs", None)  # each part of such a model has its own
-    faster = dtype in (torch.bfloat16, torch.float16) and on_cpu
+    faster = dtype in (torch.bfloat16, torch.float16) and on_cpu and own == "sdpa" and not several
     can = getattr(model, "_can_set_attn_implementation", None)  # older models choose theirs when they are made
-    return own if faster and own == "sdpa" and not several and can is not None and can() else None
+    return own if faster and can is not None and can() and not _picks_keys_by_name(model) else None
+
+
+def _picks_keys_by_name(model: nn.Module) -> bool:
+    """Whether its code masks the keys that a query does not look at only for attentions of certain names, and hands
+    their numbers to others, as that of DeepSeek V3.2 does."""
+    source = inspect.getsource(inspect.getmodule(type(model)) or type(model))
+    return re.search(r"""_attn_implementation in [(\[][^)\]]*["']sdpa["']""", source) is not None

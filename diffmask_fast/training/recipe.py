@@ -19,6 +19,7 @@ POSITIVE = (
     *("tolerance", "margin", "temperature", "bound", "initial_multiplier", "multiplier_rate", "largest_multiplier"),
     *("learning_rate", "baseline_learning_rate", "epochs", "batch_size", "draws"),
 )
+WHOLE = ("batch_size", "draws")
 OPTIONAL = ("initial_margin", "initial_bound")  # above 0, or None
 SHARES = ("pull", "corrupted")  # from 0 to 1
 
@@ -114,6 +115,9 @@ class Recipe:
         for name in (*POSITIVE, *given):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0")
+        for name in WHOLE:
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a whole number")
         for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number from 0 to 1")

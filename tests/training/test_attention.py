@@ -31,10 +31,13 @@ MASKS = {
     "padding": expanded(REAL),
     "padding, in memory of its own": expanded(REAL).contiguous(),
     "padding on the left": expanded(LEFT),
-    "near": expanded(REAL) & NEAR | (torch.arange(TOKENS) == 0),  # a query without any key has no attention
+    "near, with a query that sees no key": expanded(REAL) & NEAR,
     "a head each": torch.rand(EXAMPLES, HEADS, TOKENS, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.7,
     "all examples alike": NEAR[None, None],
     "added": torch.zeros(EXAMPLES, 1, TOKENS, TOKENS).double().masked_fill(~expanded(REAL), -1e9),
+    "infinity added, with a query that sees no key": torch.zeros(EXAMPLES, 1, TOKENS, TOKENS)
+    .double()
+    .masked_fill(~(expanded(REAL) & NEAR), -torch.inf),
 }
 
 
@@ -63,7 +66,8 @@ def results(attend: Any, given: list[Tensor], mask: Tensor | None, causal: bool 
     return [out, *torch.autograd.grad(out, given, grad)]
 
 
-@pytest.mark.parametrize("piece", [1, TOKENS * TOKENS * 3, module.PIECE])  # a head, three, all
+# a query, two and a rest, three heads, all
+@pytest.mark.parametrize("piece", [1, 2 * TOKENS, 3 * TOKENS * TOKENS, module.PIECE])
 @pytest.mark.parametrize("heads", [4, 2])
 @pytest.mark.parametrize("mask", MASKS)
 def test_it_is_the_attention_of_sdpa(mask: str, heads: int, piece: int, monkeypatch: Any, poisoned_memory: Any) -> None:
@@ -88,15 +92,35 @@ def test_in_16_bits_it_is_as_near_to_the_truth_as_sdpa_with_weights_in_16_bits(d
         assert (got.double() - truth).abs().max() < 5 * 8 * torch.finfo(dtype).eps / 2
 
 
+def test_a_mask_that_is_learned_and_other_shapes_are_left_to_sdpa() -> None:
+    query, key, value = tensors(HEADS)
+    bias = torch.zeros(EXAMPLES, 1, TOKENS, TOKENS, dtype=torch.float64, requires_grad=True)
+    for given, mask in (
+        ((query, key, value), bias),
+        ((query[:1], key, value), None),
+        ((query, key, value), bias[0, 0]),
+    ):
+        both = []
+        for attend in (attention, sdpa_attention_forward):
+            out, _ = attend(an_attention(False, HEADS), *given, mask, scaling=0.3)
+            wanted = (key,) if mask is None else (key, bias)
+            both.append([out, *torch.autograd.grad(out.square().sum(), wanted)])
+        assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
+
+
 def test_nothing_is_kept_for_backward_but_what_entered() -> None:
     given, kept = tensors(HEADS), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        attention(an_attention(False, HEADS), *given, MASKS["near"])
+        attention(an_attention(False, HEADS), *given, MASKS["near, with a query that sees no key"])
     assert sorted(t.shape[-1] for t in kept) == [TOKENS, WIDTH, WIDTH, WIDTH]  # the mask, query, key, value
 
 
 def test_the_operations_are_registered_as_torch_wants_them() -> None:
-    for mask, causal in ((MASKS["padding"], False), (MASKS["near"], False), (None, True)):
+    for mask, causal in (
+        (MASKS["padding"], False),
+        (MASKS["near, with a query that sees no key"], False),
+        (None, True),
+    ):
         torch.library.opcheck(torch.ops.diffmask_fast.attention, (*tensors(HEADS), mask, causal))
 
 
@@ -109,7 +133,7 @@ def test_compiled_it_is_one_graph_for_all_masks_of_a_kind() -> None:
 
     torch.compiler.reset()
     compiled = torch.compile(attention, backend=backend, fullgraph=True)
-    for mask in (MASKS["padding"], MASKS["near"], MASKS["padding on the left"]):
+    for mask in (MASKS["padding"], MASKS["near, with a query that sees no key"], MASKS["padding on the left"]):
         plain, whole = (results(attend, tensors(HEADS), mask.contiguous()) for attend in (attention, compiled))
         for one, other in zip(plain, whole, strict=True):
             assert torch.equal(one, other)
@@ -136,6 +160,18 @@ def test_a_position_bias_counts_in_16_bits_too() -> None:
         bias.zero_()
         without = model(ids).last_hidden_state
     assert (rounded - plain).abs().max() < 0.1 * (without - plain).abs().max()
+
+
+def test_a_model_that_masks_by_the_name_of_its_attention_keeps_it() -> None:
+    config = getattr(transformers, "DeepseekV32Config", None)
+    if config is None:
+        pytest.skip("this transformers has no model that does")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
+    model = transformers.DeepseekV32ForCausalLM(config(vocab_size=40, **sizes, **heads, n_routed_experts=8))
+    assert model.config._attn_implementation == "sdpa"
+    with running_in(model, torch.bfloat16):
+        assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_padded_text_has_the_states_of_the_text_alone(tiny_bert: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from diffmask_fast.tasks import squad, sst, toy
-from diffmask_fast.training.recipe import CHOICES, OPTIONAL, POSITIVE, SHARES, Recipe
+from diffmask_fast.training.recipe import CHOICES, OPTIONAL, POSITIVE, SHARES, WHOLE, Recipe
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -22,6 +22,13 @@ def test_a_choice_that_there_is_not_is_refused_with_those_there_are(name: str) -
 def test_a_number_that_is_not_above_0_is_refused(name: str, value: float) -> None:
     numbers: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; expected a number above 0")):
+        Recipe(**numbers)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_is_no_whole_number_is_refused(name: str) -> None:
+    numbers: dict[str, Any] = {name: 1.5}
+    with pytest.raises(ValueError, match=f"{name} is 1.5; expected a whole number"):
         Recipe(**numbers)
 
 
