@@ -6,8 +6,8 @@
 The quality of a probe: the mean over sites of the share of tokens that it keeps on the questions of DEV, where a site
 whose divergence is over 1.1 times the tolerance counts as 1. Less is better. The published recipe's steps are run by
 our engine, which the tests hold to them, and priced at what a published step takes (two full passes in float32 on texts
-padded to 384 tokens), timed before and after. Our time is all of `train_probe`. Probes are measured after the training,
-on the model that they were trained on, in bfloat16.
+padded to 384 tokens), timed before and after. Our time is all of `train_probe`, up to the first look at a probe that is
+as good. A look measures the probe on the model as it is trained on, in bfloat16, while the clock stands still.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -50,10 +50,10 @@ class Look(NamedTuple):
 
 
 class Looks(TrainerCallback):
-    """Copies of the probe in the course of its training."""
+    """Copies of the probe in the course of its training, which ends when one is `enough`. Looking takes no time."""
 
-    def __init__(self, an_epoch: int) -> None:
-        self.an_epoch = an_epoch
+    def __init__(self, an_epoch: int, enough: Callable[[Look], bool]) -> None:
+        self.an_epoch, self.enough = an_epoch, enough
         self.start, self.looked = time.perf_counter(), 0.0
         self.taken: list[Look] = []
 
@@ -61,7 +61,9 @@ class Looks(TrainerCallback):
         every = max(1, round(state.max_steps / state.num_train_epochs / self.an_epoch))
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             now = time.perf_counter()
-            self.taken.append(Look(state.global_step, now - self.start - self.looked, copy.deepcopy(model.probe)))
+            look = Look(state.global_step, now - self.start - self.looked, copy.deepcopy(model.probe))
+            self.taken.append(look)
+            control.should_training_stop |= self.enough(look)
             self.looked += time.perf_counter() - now
 
 
@@ -71,11 +73,12 @@ def quality(rows: list[dict[str, float]], tolerance: float) -> float:
 
 
 def trained(
-    model: Any, examples: Examples, recipe: Recipe, masking: str, mask_token: int | None, seed: int, an_epoch: int
-) -> list[Look]:
+    model: Any, examples: Examples, recipe: Recipe, masking: str, mask_token: int | None, seed: int, an_epoch: int,
+    enough: Callable[[Look], bool],
+) -> list[Look]:  # fmt: skip
     torch.manual_seed(seed)
     probe = fresh_probe(model, examples, recipe, masking, mask_token=mask_token)
-    looks = Looks(an_epoch)
+    looks = Looks(an_epoch, enough)
     with tempfile.TemporaryDirectory() as folder, overhead.listening(looks):
         train_probe(model, probe, examples, recipe, folder, seed=seed, bf16=True, quiet=True)
     return looks.taken
@@ -106,14 +109,21 @@ def row(
     """The published recipe's best look, and our first one that is as good. Where none is, our seconds are those of all
     of the training, and the speedup None."""
     tolerance = recipes["steady"].tolerance
+    found: dict[str, list[tuple[float, float]]] = {"published": [], "steady": []}
+
+    def reaches(name: str, aim: float) -> Callable[[Look], bool]:
+        def enough(look: Look) -> bool:
+            found[name].append(measured(model, dev, look, tolerance, name))
+            return found[name][-1][0] <= aim
+
+        return enough
+
     prices = seconds_of_published_steps(model, examples, masking, seed)
-    theirs = trained(model, examples, recipes["published"], masking, mask_token, seed, 1)
-    ours = trained(model, examples, recipes["steady"], masking, mask_token, seed, LOOKS)
+    theirs = trained(model, examples, recipes["published"], masking, mask_token, seed, 1, reaches("published", -1.0))
+    (aim, _), best = min(zip(found["published"], theirs, strict=True), key=lambda pair: pair[0][0])
+    ours = trained(model, examples, recipes["steady"], masking, mask_token, seed, LOOKS, reaches("steady", aim))
     prices += seconds_of_published_steps(model, examples, masking, seed)
-    best, aim, _ = min(measured(model, dev, theirs, tolerance, "published"), key=lambda found: found[1])
-    for look, found, divergence in measured(model, dev, ours, tolerance, "steady"):  # noqa: B007
-        if found <= aim:
-            break
+    look, (reached, divergence) = ours[-1], found["steady"][-1]
     seconds_published = best.step * statistics.mean(prices)
     return {
         "masking": masking,
@@ -124,23 +134,21 @@ def row(
         "open_published": round(aim, 4),
         "seconds": round(look.seconds, 1),
         "kl": round(divergence, 4),
-        "open": round(found, 4),
-        "speedup": round(seconds_published / look.seconds, 2) if found <= aim else None,
+        "open": round(reached, 4),
+        "speedup": round(seconds_published / look.seconds, 2) if reached <= aim else None,
         "questions": [len(examples), len(dev)],
     }
 
 
-def measured(
-    model: Any, dev: Examples, looks: list[Look], tolerance: float, name: str
-) -> Iterator[tuple[Look, float, float]]:
-    """Of each look its quality, and the largest divergence of a site. A line is printed for each, as they take long."""
+def measured(model: Any, dev: Examples, look: Look, tolerance: float, name: str) -> tuple[float, float]:
+    """The quality, and the largest divergence of a site. A line is printed, as a training takes long."""
+    probe = look.probe.eval()
     with running_in(model, torch.bfloat16):
-        for look in looks:
-            rows = attribution_metrics(explain(model, look.probe.eval(), dev))
-            found = quality(rows, tolerance)
-            sites = " ".join(f"{site['open']:.2f}@{site['kl']:.2f}" for site in rows)
-            print(f"  {name}, step {look.step}, {look.seconds:.0f} s: {found:.4f} = {sites}", flush=True)
-            yield look, found, max(site["kl"] for site in rows)
+        rows = attribution_metrics(explain(model, probe, dev))
+    found = quality(rows, tolerance)
+    sites = " ".join(f"{site['open']:.2f}@{site['kl']:.2f}" for site in rows)
+    print(f"  {name}, step {look.step}, {look.seconds:.0f} s: {found:.4f} = {sites}", flush=True)
+    return found, max(site["kl"] for site in rows)
 
 
 def fitting(examples: Examples) -> Examples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -35,7 +36,7 @@ def test_a_site_over_the_tolerance_counts_as_wholly_open() -> None:
 def test_a_look_is_the_probe_as_it_was_then(tiny_bert: Any, tokenizer: Any) -> None:
     model = tiny_bert("ForQuestionAnswering")
     recipe = replace(RECIPES["input"]["steady"], epochs=2.0)
-    looks = bench.trained(model, encode(tokenizer, TEXTS, model), recipe, "input", None, 0, 3)
+    looks = bench.trained(model, encode(tokenizer, TEXTS, model), recipe, "input", None, 0, 3, lambda look: False)
     assert [look.step for look in looks] == [1, 2, 3, 4, 5, 6]  # 18 texts, 8 a step
     assert all(one.seconds < other.seconds for one, other in pairwise(looks))
     bounds = [look.probe.heads[0].bound for look in looks]
@@ -65,10 +66,25 @@ def test_a_small_run_gives_a_row_with_all_its_columns(
     assert set(row) >= {"masking", "seed", "seconds_published", "seconds", "kl", "open", "speedup"}
 
 
+def test_a_training_ends_with_the_first_look_that_is_enough_and_looking_takes_no_time(
+    tiny_bert: Any, tokenizer: Any
+) -> None:
+    model = tiny_bert("ForQuestionAnswering")
+    recipe = replace(RECIPES["input"]["steady"], epochs=2.0)
+
+    def enough(look: bench.Look) -> bool:
+        time.sleep(2)
+        return look.step >= 3
+
+    looks = bench.trained(model, encode(tokenizer, TEXTS, model), recipe, "input", None, 0, 3, enough)
+    assert [look.step for look in looks] == [1, 2, 3]
+    assert looks[2].seconds - looks[0].seconds < 2  # two steps of a tiny model, and not two looks
+
+
 def test_the_divergence_of_a_look_is_the_largest_of_a_site(tiny_bert: Any, tokenizer: Any) -> None:
     model = tiny_bert("ForQuestionAnswering")
     examples = encode(tokenizer, TEXTS[:3], model)
-    ((_, found, divergence),) = bench.measured(model, examples, [bench.Look(1, 1.0, a_probe())], 1.0, "ours")
+    found, divergence = bench.measured(model, examples, bench.Look(1, 1.0, a_probe()), 1.0, "ours")
     with bench.running_in(model, torch.bfloat16):
         rows = attribution_metrics(bench.explain(model, a_probe().eval(), examples))
     assert divergence == max(row["kl"] for row in rows) > 0 and found == bench.quality(rows, 1.0)
