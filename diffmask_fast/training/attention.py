@@ -157,11 +157,9 @@ def _attention_backward(
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
-    return (
-        parts[0]
-        if len(parts) == 1
-        else torch.stack(parts).sum(0, dtype=torch.promote_types(parts[0].dtype, torch.float32))
-    )
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(parts).sum(0, dtype=torch.promote_types(parts[0].dtype, torch.float32))
 
 
 @_attention.register_fake
