@@ -1,7 +1,7 @@
 """Attention of a frozen model in 16 bits on a CPU: in pieces that fit the cache, whose weights backward makes again.
 
-PyTorch's fused kernel takes two to four times as long there, most of it in backward; products of whole batches go
-through memory with every step, and keep weights that grow with the square of the length (`bench/train_step.py`).
+PyTorch's fused kernel takes up to four times as long there, most of it in backward (`bench/attention.py`); products of
+whole batches go through memory with every step, and keep weights that grow with the square of the length.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 NAME = "diffmask_fast"
 PIECE = 1 << 20
-"""Scores that are worked on at once: some heads of an example, or some queries of a head. Of half and twice as many
-neither was faster at 126 to 2,048 tokens, on cores with 1 MB of second-level cache."""
+"""Scores that are worked on at once, as near as whole heads of an example come to it. Of half and twice as many neither
+was faster at 126 to 2,048 tokens, on cores with 1 MB of second-level cache."""
+LONGEST = 1024
+"""Tokens up to which it is faster than PyTorch's fused attention, or about as fast (`bench/attention.py`)."""
 _BEYOND = ("position_bias", "cache", "softcap")  # what "sdpa" takes (or refuses) beside a mask
 
 
@@ -34,15 +36,16 @@ def attention(
 
     Args:
         module, query, key, value, attention_mask, scaling, is_causal, more: as transformers hands them to an attention;
-            query (B, heads, T, D), key and value with as many heads or a divisor of that. With a position bias, a
-            cache, a soft cap or a mask that needs a gradient it is "sdpa" itself that runs.
+            query (B, heads, T, D), key and value with as many heads or a divisor of that. It is "sdpa" itself that runs
+            for longer texts, and with a position bias, a cache, a soft cap or a mask that needs a gradient.
         dropout: a frozen model has none.
 
     Returns:
         (B, T, heads, D), contiguous, and no weights.
     """
     learned = attention_mask is not None and (attention_mask.requires_grad or attention_mask.dim() != 4)
-    if learned or len(query) != len(key) or any(more.get(name) is not None for name in _BEYOND):
+    long = max(query.shape[2], key.shape[2]) > LONGEST
+    if long or learned or len(query) != len(key) or any(more.get(name) is not None for name in _BEYOND):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         settings = {"scaling": scaling, "is_causal": is_causal, **more}
@@ -75,22 +78,16 @@ class _Piece(NamedTuple):
     mask: Tensor | None  # (1 or heads, T, keys): bool, True where a score counts, or what is added to each
     causal: bool
 
-    def queries(self, tokens: int) -> Iterator[slice]:
-        """All at once if they are not too many."""
-        together = max(1, PIECE // self.keys.stop)
-        for first in range(0, tokens, together):
-            yield slice(first, min(tokens, first + together))
-
-    def weights(self, query: Tensor, key: Tensor, queries: slice) -> Tensor:
-        """(heads, queries, keys)"""
-        scores = query[self.example, self.heads, queries] @ key[self.example, self.heads, self.keys].mT
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """(heads, T, keys)"""
+        scores = query[self.example, self.heads] @ key[self.example, self.heads, self.keys].mT
         if self.causal:
-            numbers = torch.arange(max(queries.stop, self.keys.stop), device=scores.device)
-            scores.masked_fill_(numbers[: self.keys.stop] > numbers[queries, None], -torch.inf)
+            later = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu(1)
+            scores.masked_fill_(later, -torch.inf)
         if self.mask is None:
             return scores.softmax(-1)
-        mask = self.mask[:, queries]
-        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+        masked = self.mask.dtype == torch.bool
+        scores = scores.masked_fill_(~self.mask, -torch.inf) if masked else scores.add_(self.mask)
         return torch._safe_softmax(scores, -1)  # 0 for a query that sees no key
 
 
@@ -129,9 +126,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, c
     out = query.new_empty(examples, tokens, heads, value.shape[-1])
     for piece in _pieces(query, key, mask, causal):
         example, part, keys, *_ = piece
-        for queries in piece.queries(tokens):
-            mixed = piece.weights(query, key, queries) @ value[example, part, keys]
-            out[example, queries, part] = mixed.transpose(0, 1)
+        mixed = piece.weights(query, key) @ value[example, part, keys]
+        out[example, :, part] = mixed.transpose(0, 1)
     return out
 
 
@@ -142,24 +138,15 @@ def _attention_backward(
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for piece in _pieces(query, key, mask, causal):
         example, part, keys, *_ = piece
-        to_key, to_value = [], []
-        for queries in piece.queries(query.shape[2]):
-            weights = piece.weights(query, key, queries)
-            above = grad[example, queries, part].transpose(0, 1)
-            onward = above @ value[example, part, keys].mT
-            scores = torch._softmax_backward_data(onward, weights, -1, weights.dtype)
-            grad_query[example, part, queries] = scores @ key[example, part, keys]
-            # oneDNN is slow where the left one of two large factors is transposed
-            to_key.append((query[example, part, queries].mT @ scores).mT)
-            to_value.append((above.mT @ weights).mT)
-        grad_key[example, part, keys], grad_value[example, part, keys] = _sum(to_key), _sum(to_value)
+        weights = piece.weights(query, key)
+        above = grad[example, :, part].transpose(0, 1)
+        onward = above @ value[example, part, keys].mT
+        scores = torch._softmax_backward_data(onward, weights, -1, weights.dtype)
+        grad_query[example, part] = scores @ key[example, part, keys]
+        # oneDNN is slow where the left one of two large factors is transposed
+        grad_key[example, part, keys] = (query[example, part].mT @ scores).mT
+        grad_value[example, part, keys] = (above.mT @ weights).mT
     return grad_query, grad_key, grad_value
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.stack(parts).sum(0, dtype=torch.promote_types(parts[0].dtype, torch.float32))
 
 
 @_attention.register_fake

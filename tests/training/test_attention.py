@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
+import attention as bench
 import transformers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -66,8 +67,7 @@ def results(attend: Any, given: list[Tensor], mask: Tensor | None, causal: bool 
     return [out, *torch.autograd.grad(out, given, grad)]
 
 
-# a query, two and a rest, three heads, all
-@pytest.mark.parametrize("piece", [1, 2 * TOKENS, 3 * TOKENS * TOKENS, module.PIECE])
+@pytest.mark.parametrize("piece", [1, 3 * TOKENS * TOKENS, module.PIECE])  # a head, three, all
 @pytest.mark.parametrize("heads", [4, 2])
 @pytest.mark.parametrize("mask", MASKS)
 def test_it_is_the_attention_of_sdpa(mask: str, heads: int, piece: int, monkeypatch: Any, poisoned_memory: Any) -> None:
@@ -106,6 +106,15 @@ def test_a_mask_that_is_learned_and_other_shapes_are_left_to_sdpa() -> None:
             wanted = (key,) if mask is None else (key, bias)
             both.append([out, *torch.autograd.grad(out.square().sum(), wanted)])
         assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
+
+
+def test_a_long_text_is_left_to_sdpa(monkeypatch: Any) -> None:
+    for longest, runs in ((TOKENS, 1), (TOKENS - 1, 0)):
+        calls = []
+        monkeypatch.setattr(module, "LONGEST", longest)
+        monkeypatch.setattr(module, "_pieces", lambda *given, calls=calls: calls.append(given) or [])
+        attention(an_attention(False, HEADS), *tensors(HEADS), None)
+        assert len(calls) == runs
 
 
 def test_nothing_is_kept_for_backward_but_what_entered() -> None:
@@ -172,6 +181,15 @@ def test_a_model_that_masks_by_the_name_of_its_attention_keeps_it() -> None:
     assert model.config._attn_implementation == "sdpa"
     with running_in(model, torch.bfloat16):
         assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_benchmark_has_a_row_for_each_mask_and_refuses_what_is_wrong(monkeypatch: Any) -> None:
+    rows = bench.rows_of((2, 9, 2, 8), 2)
+    assert [row["mask"] for row in rows] == ["none", "causal", "padding", "neighbours"]
+    assert all(row["ms"] > 0 and row["speedup"] > 0 for row in rows)
+    monkeypatch.setattr(bench, "attention", lambda *given: (attention(*given)[0] * 1.5, None))
+    with pytest.raises(SystemExit, match="attention is off by"):
+        bench.rows_of((2, 9, 2, 8), 2)
 
 
 def test_a_padded_text_has_the_states_of_the_text_alone(tiny_bert: Any) -> None:
