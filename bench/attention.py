@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from diffmask_fast.training.attention import attention
+from diffmask_fast.training.attention import LONGEST, attention
 
 SHAPES = [(8, 100, 12, 32), (8, 174, 12, 32), (8, 343, 12, 32), (8, 343, 16, 64), (2, 1024, 12, 64)]
 NEIGHBOURS = 64
@@ -77,6 +77,8 @@ def main() -> None:
     options = measure.options(str(__doc__), parser)
     if options.device != "cpu":
         raise SystemExit("this attention is for CPUs: leave --device out")
+    if any(tokens > LONGEST for _, tokens, *_ in options.shapes):
+        raise SystemExit(f"--shapes: expected up to {LONGEST} tokens; longer texts are left to sdpa")
     rows = []
     for one in options.shapes:
         for row in rows_of(one, options.rounds):

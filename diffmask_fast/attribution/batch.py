@@ -162,9 +162,8 @@ def say(batch: Batch, lengths: list[int], masked: Iterable[Masked]) -> list[dict
     for one in masked:
         gates = (one.keep > KEPT_ABOVE).float()
         prediction = batch.original
-        if (
-            gates < batch.real
-        ).any():  # where nothing is dropped, as at the lower sites of most models, nothing changes
+        dropped = gates < batch.real
+        if dropped.any():  # as at few of the lower sites of most models
             prediction = batch.predict(one.target, batch.mixed(one.target, gates, one.baseline))
         for table in prediction.tables:
             check_finite(table, f"the masked prediction of site {one.target} ({batch.patched.sites[one.target].name})")
