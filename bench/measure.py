@@ -44,9 +44,10 @@ def speedup(slow: list[float], fast: list[float]) -> float:
     return round(statistics.median(s / f for s, f in zip(slow, fast, strict=True)), 2)
 
 
-def peak_extra_bytes(run: Run, device: str) -> int:
-    """The most memory that a run held at once beyond what was there before, its results among it."""
-    run()
+def peak_extra_bytes(run: Run, device: str, warm_up: Run | None = None) -> int:
+    """The most memory that a run held at once beyond what was there before, its results among it. It is run once before
+    that, or another one instead where it takes long."""
+    (warm_up or run)()
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -27,10 +27,10 @@ from diffmask_fast.attribution.result import KEPT_ABOVE
 from diffmask_fast.moments import Moments
 from diffmask_fast.ops.reference import hard_concrete, log_open
 
-OPEN = 5.0  # where the logits start, as published
+OPEN = 2.0  # where the logits start; at the published 5 a gate has next to no gradient, and larger subsets are found
 CLAMP = 10.0  # and between which they stay
 MULTIPLIER_RATE = 0.1  # of log(multiplier), per step and violation in tolerances
-MULTIPLIERS = (0.3, 200.0)  # between which they stay
+MULTIPLIERS = (0.03, 200.0)  # between which they stay; a larger least one keeps what the tolerance would let go
 LOOK = 20  # steps between two looks at what would be kept
 PATIENCE = 10  # looks without anything better after which a text is done
 BASELINE_RATE = 0.1  # of the learned baseline, as a share of the logits' rate
