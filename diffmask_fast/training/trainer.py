@@ -227,13 +227,19 @@ def train_probe(
 
     Raises:
         ValueError: `tokens_per_batch` below 1; a recipe that corrupts what can't be, see `Examples.corrupted`; `bf16`
-            for a model that is sharded (FSDP); `checkpoint_layers` where a site stands within a layer.
+            or `tokens_per_batch` for a model that is sharded (FSDP); `checkpoint_layers` where a site stands within a
+            layer.
     """
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch is {tokens_per_batch}; expected 1 or more, or None")
     sharded = processes.is_sharded(model)
     if sharded and bf16:
         raise ValueError("bf16: the model's weights are shared out among processes: load it in bfloat16 before that")
+    if sharded and tokens_per_batch is not None:  # with other numbers of examples they would draw other sites
+        raise ValueError(
+            "tokens_per_batch: the model's weights are shared out among processes, which must all run the same layers: "
+            "leave it out"
+        )
     args = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=recipe.batch_size,

@@ -55,12 +55,14 @@ for masking in ("input", "hidden"):
             checkpoint_layers=name == "checkpointed", quiet=True)
         found[masking, name] = probe.state_dict()
         if name == "sharded":
-            try:
-                train_probe(model, a_probe(masking), examples, Recipe(), folder, bf16=True, quiet=True)
-            except ValueError as error:
-                assert "load it in bfloat16 before that" in str(error)
-            else:
-                raise AssertionError("bf16 was not refused")
+            refused = ({{"bf16": True}}, "load it in bfloat16 before that"), ({{"tokens_per_batch": 9}}, "leave it out")
+            for option, what in refused:
+                try:
+                    train_probe(model, a_probe(masking), examples, Recipe(), folder, **option, quiet=True)
+                except ValueError as error:
+                    assert what in str(error)
+                else:
+                    raise AssertionError(f"{{option}} was not refused")
         for key, value in found[masking, name].items():
             expected = found[masking, "whole"][key]
             # predictions made again in another padding differ in their last bits; what was trained on other
