@@ -1,25 +1,28 @@
 """How long our recipe takes to be as good as the published one ever gets, and how long that one took for it.
 
     python bench/time_to_quality.py --folder MODEL --data TRAIN.json --dev DEV.json [--masking input hidden]
-        [--seeds 0 1 2] [--epochs 8] [--ours-epochs 2] [--limit N] [--json FILE]
+        [--seeds 0 1 2] [--epochs 8] [--ours-epochs 2] [--against FILE] [--limit N] [--json FILE]
 
 The quality of a probe: the mean over sites of the share of tokens that it keeps on the questions of DEV, where a site
 whose divergence is over 1.1 times the tolerance counts as 1. Less is better. The published recipe's steps are run by
 our engine, which the tests hold to them, and priced at what a published step takes (two full passes in float32 on texts
 padded to 384 tokens), timed before and after. Our time is all of `train_probe`, up to the first look at a probe that is
-as good. A look measures the probe on the model as it is trained on, in bfloat16, while the clock stands still.
+as good. A look measures the probe on the model as it is trained on, in bfloat16, while the clock stands still. The
+published trainings take most of the time; `--against` takes what they came to from the rows of an earlier run.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import measure
@@ -104,10 +107,10 @@ def seconds_of_published_steps(model: Any, examples: Examples, masking: str, see
 
 def row(
     model: Any, examples: Examples, dev: Examples, masking: str, mask_token: int | None, seed: int,
-    recipes: dict[str, Recipe],
+    recipes: dict[str, Recipe], earlier: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The published recipe's best look, and our first one that is as good. Where none is, our seconds are those of all
-    of the training, and the speedup None."""
+    """The published recipe's best look, or that of an `earlier` row, and our first one that is as good. Where none is,
+    our seconds are those of all of the training, and the speedup None."""
     tolerance = recipes["steady"].tolerance
     found: dict[str, list[tuple[float, float]]] = {"published": [], "steady": []}
 
@@ -119,20 +122,27 @@ def row(
         return enough
 
     prices = seconds_of_published_steps(model, examples, masking, seed)
-    theirs = trained(model, examples, recipes["published"], masking, mask_token, seed, 1, reaches("published", -1.0))
-    (aim, _), best = min(zip(found["published"], theirs, strict=True), key=lambda pair: pair[0][0])
+    if earlier is None:
+        aimless = reaches("published", -1.0)
+        theirs = trained(model, examples, recipes["published"], masking, mask_token, seed, 1, aimless)
+        (aim, _), best = min(zip(found["published"], theirs, strict=True), key=lambda pair: pair[0][0])
+        steps, aim = best.step, round(aim, 4)
+    else:
+        steps, aim = earlier["published_steps"], earlier["open_published"]
     ours = trained(model, examples, recipes["steady"], masking, mask_token, seed, LOOKS, reaches("steady", aim))
     prices += seconds_of_published_steps(model, examples, masking, seed)
     look, (reached, divergence) = ours[-1], found["steady"][-1]
-    seconds_published = best.step * statistics.mean(prices)
+    seconds_published = steps * statistics.mean(prices)
     return {
         "masking": masking,
         "seed": seed,
         "seconds_published": round(seconds_published, 1),
         "published_step": round(statistics.mean(prices), 3),
-        "published_steps": best.step,
-        "open_published": round(aim, 4),
+        "published_steps": steps,
+        "open_published": aim,
         "seconds": round(look.seconds, 1),
+        "steps": look.step,
+        "epochs": recipes["steady"].epochs,
         "kl": round(divergence, 4),
         "open": round(reached, 4),
         "speedup": round(seconds_published / look.seconds, 2) if reached <= aim else None,
@@ -165,6 +175,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--epochs", type=float, default=8.0, help="of the published recipe")
     parser.add_argument("--ours-epochs", type=float, help="instead of ours' own")
+    parser.add_argument("--against", help="rows of an earlier run, in whose place published is not trained")
     parser.add_argument("--limit", type=int, help="use only so many questions of each file")
     options = measure.options(str(__doc__), parser)
     if options.device != "cpu":
@@ -174,6 +185,8 @@ def main() -> None:
     train, dev = (
         fitting(encode(tokenizer, read_squad(path)[: options.limit], model)) for path in (options.data, options.dev)
     )
+    before = json.loads(Path(options.against).read_text())["rows"] if options.against else []
+    earlier = {(one["masking"], one["seed"]): one for one in before}
     rows = []
     for masking in options.masking:
         published, steady = (RECIPES[masking][name] for name in ("published", "steady"))
@@ -182,7 +195,8 @@ def main() -> None:
             "steady": replace(steady, epochs=options.ours_epochs or steady.epochs),
         }
         for seed in options.seeds:
-            found = row(model, train, dev, masking, tokenizer.mask_token_id, seed, recipes)
+            known = earlier.get((masking, seed))
+            found = row(model, train, dev, masking, tokenizer.mask_token_id, seed, recipes, known)
             rows.append(found | {"threads": options.threads})
             print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
             measure.write_rows(rows, options.json)
