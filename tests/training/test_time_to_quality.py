@@ -59,11 +59,15 @@ def test_a_small_run_gives_a_row_with_all_its_columns(
     model = tiny_bert("ForQuestionAnswering")
     examples = encode(tokenizer, TEXTS, model)
     recipes = {name: replace(recipe, epochs=2.0) for name, recipe in RECIPES["hidden"].items()}
-    row = bench.row(model, examples, examples, "hidden", None, 0, recipes)
+    row = bench.row(model, examples, examples, "hidden", None, 0, recipes, None)
     assert row["published_steps"] == 6 and row["open_published"] == 0.8
     assert row["seconds_published"] == pytest.approx(6 * row["published_step"], abs=0.05 + 6 * 0.0005)
     assert (row["open"], row["speedup"] is not None) == ((0.8, True) if reached else (0.81, False))
     assert set(row) >= {"masking", "seed", "seconds_published", "seconds", "kl", "open", "speedup"}
+    # against that row: only ours is looked at
+    qualities = iter([0.9, 0.75])
+    again = bench.row(model, examples, examples, "hidden", None, 0, recipes, row)
+    assert (again["published_steps"], again["open_published"], again["open"]) == (6, 0.8, 0.75)
 
 
 def test_a_training_ends_with_the_first_look_that_is_enough_and_looking_takes_no_time(
