@@ -30,7 +30,7 @@ from diffmask_fast.masking import frozen
 from diffmask_fast.models import load_for
 from diffmask_fast.sites import patch
 from diffmask_fast.tasks.squad import RECIPES, read_squad
-from diffmask_fast.training.backbone import running_in
+from diffmask_fast.training.backbone import multiplies_bfloat16, running_in
 from diffmask_fast.training.objective import Objective
 from diffmask_fast.training.recipe import Recipe
 from diffmask_fast.training.remembered import remembered_for
@@ -45,9 +45,9 @@ def rows_of(
     seconds = dict.fromkeys(ways, 0.0)
     probe = fresh_probe(model, examples, recipe, masking, mask_token=mask_token)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        trained = train_probe(model, probe, examples, recipe, f"{folder}/run", bf16=True, quiet=True)
+        trained = train_probe(model, probe, examples, recipe, f"{folder}/run", bf16=multiplies_bfloat16(), quiet=True)
         stack.enter_context(frozen(model))
-        stack.enter_context(running_in(model, torch.bfloat16))
+        stack.enter_context(running_in(model, torch.bfloat16 if multiplies_bfloat16() else None))
         patched = stack.enter_context(patch(model))
         remembered = remembered_for(patched, model, examples, folder)
 

@@ -22,6 +22,7 @@ from diffmask_fast.probes import Probe
 from diffmask_fast.sites import Patched
 from diffmask_fast.tasks.squad import RECIPES
 from diffmask_fast.training import objective, trainer
+from diffmask_fast.training.backbone import multiplies_bfloat16
 from diffmask_fast.training.objective import Objective
 from diffmask_fast.training.trainer import fresh_probe, train_probe
 
@@ -112,7 +113,7 @@ def rows_of(model: Any, examples: Examples, masking: str, name: str, rounds: int
     probe = fresh_probe(model, chosen, recipe, masking)
     clock = Clock()
     with watched(clock):
-        train_probe(model, probe, chosen, recipe, f"{folder}/{masking}", bf16=True, quiet=True)
+        train_probe(model, probe, chosen, recipe, f"{folder}/{masking}", bf16=multiplies_bfloat16(), quiet=True)
     half = len(clock.steps) // 2
     epochs = {"first": clock.steps[WARM_UP:half], "later": clock.steps[half + 1 :]}  # the next epoch's order is drawn
     return [row(name, masking, epoch, steps, clock.seconds["checkpoint"]) for epoch, steps in epochs.items()]

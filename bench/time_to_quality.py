@@ -7,8 +7,9 @@ The quality of a probe: the mean over sites of the share of tokens that it keeps
 whose divergence is over 1.1 times the tolerance counts as 1. Less is better. The published recipe's steps are run by
 our engine, which the tests hold to them, and priced at what a published step takes (two full passes in float32 on texts
 padded to 384 tokens), timed before and after. Our time is all of `train_probe`, up to the first look at a probe that is
-as good. A look measures the probe on the model as it is trained on, in bfloat16, while the clock stands still. The
-published trainings take most of the time; `--against` takes what they came to from the rows of an earlier run.
+as good. A look measures the probe on the model as it is trained on, in bfloat16 where the processor has it, while the
+clock stands still. The published trainings take most of the time; `--against` takes what they came to from the rows of
+an earlier run.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from diffmask_fast.data import Examples, encode
 from diffmask_fast.models import load_for
 from diffmask_fast.probes import Probe
 from diffmask_fast.tasks.squad import RECIPES, read_squad
-from diffmask_fast.training.backbone import running_in
+from diffmask_fast.training.backbone import multiplies_bfloat16, running_in
 from diffmask_fast.training.evaluation import attribution_metrics
 from diffmask_fast.training.recipe import Recipe
 from diffmask_fast.training.trainer import fresh_probe, train_probe
@@ -83,7 +84,7 @@ def trained(
     probe = fresh_probe(model, examples, recipe, masking, mask_token=mask_token)
     looks = Looks(an_epoch, enough)
     with tempfile.TemporaryDirectory() as folder, overhead.listening(looks):
-        train_probe(model, probe, examples, recipe, folder, seed=seed, bf16=True, quiet=True)
+        train_probe(model, probe, examples, recipe, folder, seed=seed, bf16=multiplies_bfloat16(), quiet=True)
     return looks.taken
 
 
@@ -146,6 +147,7 @@ def row(
         "kl": round(divergence, 4),
         "open": round(reached, 4),
         "speedup": round(seconds_published / look.seconds, 2) if reached <= aim else None,
+        "precision": "bfloat16" if multiplies_bfloat16() else "float32",
         "questions": [len(examples), len(dev)],
     }
 
@@ -153,7 +155,7 @@ def row(
 def measured(model: Any, dev: Examples, look: Look, tolerance: float, name: str) -> tuple[float, float]:
     """The quality, and the largest divergence of a site. A line is printed, as a training takes long."""
     probe = look.probe.eval()
-    with running_in(model, torch.bfloat16):
+    with running_in(model, torch.bfloat16 if multiplies_bfloat16() else None):
         rows = attribution_metrics(explain(model, probe, dev))
     found = quality(rows, tolerance)
     sites = " ".join(f"{site['open']:.2f}@{site['kl']:.2f}" for site in rows)

@@ -51,6 +51,12 @@ class Masking(str, Enum):
 
 
 MaskingOption = Annotated[Masking, typer.Option(help="Gate the inputs, or each site's own states.")]
+BFloat16 = Annotated[
+    bool | None,
+    typer.Option(
+        "--bf16/--no-bf16", help="The frozen model in bfloat16, or not; else where the device is made for it."
+    ),
+]
 RecipeOption = Annotated[RecipeName, typer.Option(help="steady: ours. published: the paper's code.")]
 
 
@@ -79,7 +85,7 @@ def train_squad(
     seed: Seed = 0,
     recipe: RecipeOption = RecipeName.steady,
     resume: Resume = False,
-    bf16: Annotated[bool, typer.Option(help="Run the frozen model in bfloat16 while training.")] = True,
+    bf16: BFloat16 = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many questions of each file.")] = None,
     epochs: Annotated[float | None, typer.Option(min=0.0, help="Instead of the recipe's.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the frozen model's layers for training.")] = False,
@@ -131,7 +137,7 @@ def train_sst(
     seed: Seed = 0,
     recipe: RecipeOption = RecipeName.steady,
     resume: Resume = False,
-    bf16: Annotated[bool, typer.Option(help="Run the frozen encoder in bfloat16 while probes are trained.")] = True,
+    bf16: BFloat16 = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many sentences of each file.")] = None,
     epochs: Annotated[float | None, typer.Option(min=0.0, help="Of the probes, instead of the recipe's.")] = None,
     fine_tune_epochs: Annotated[float | None, typer.Option(min=0.0, help="Of the classifier.")] = None,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffmask_fast.ops import Head, backends, gate_mix, probe_logits, probe_reference, reference
 from diffmask_fast.runs import versions
+from diffmask_fast.training.backbone import multiplies_bfloat16
 
 CHECK_SECONDS = 2.0
 """Of all checks together."""
@@ -28,6 +29,8 @@ def report() -> bool:
     print(f"{'threads':18} {torch.get_num_threads()}")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     print(f"{'accelerator':18} {accelerator or 'none'}")
+    dtype = "bfloat16" if multiplies_bfloat16() else "float32, having no instructions for bfloat16"
+    print(f"{'trains models in':18} {dtype}")
     reasons = backends.available()
     seconds = CHECK_SECONDS / sum(len(backends.BACKENDS[name].modules) for name in reasons if reasons[name] is None)
     good = True

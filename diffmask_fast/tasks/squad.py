@@ -19,6 +19,7 @@ from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import Examples, encode
 from diffmask_fast.models import load_for
 from diffmask_fast.probes import save_probe
+from diffmask_fast.training.backbone import multiplies_bfloat16
 from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
 
 _PUBLISHED = replace(PUBLISHED, warmup_steps=1200, epochs=1)
@@ -175,7 +176,7 @@ def run(
     seed: int = 0,
     recipe: str = "steady",
     resume: bool = False,
-    bf16: bool = True,
+    bf16: bool | None = None,
     limit: int | None = None,
     eval_limit: int | None = None,
     epochs: float | None = None,
@@ -194,7 +195,8 @@ def run(
         seed: of everything drawn.
         recipe: a name in `RECIPES[masking]`.
         resume: go on with the run in `out`.
-        bf16: run the frozen model in bfloat16 while training; it is measured in float32.
+        bf16: run the frozen model in bfloat16 while training; it is measured in float32. None: where the device
+            has instructions for it, see `multiplies_bfloat16`.
         limit: use only so many questions of each file.
         eval_limit: of the evaluation file another number of them.
         epochs: instead of the recipe's.
@@ -221,6 +223,7 @@ def run(
         "seed": seed,
     }
     eval_limit = limit if eval_limit is None else eval_limit
+    bf16 = multiplies_bfloat16() if bf16 is None else bf16
     config |= {
         "limit": limit,
         "eval_limit": eval_limit,

@@ -28,6 +28,7 @@ from diffmask_fast.tasks.classifiers import (
     save_classifier,
 )
 from diffmask_fast.tasks.trees import CLASS_NAMES, Sentence, in_classes, read_trees
+from diffmask_fast.training.backbone import multiplies_bfloat16
 from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
 
 ARCHITECTURES = {"encoder": "ForSequenceClassification", "gru": "GRUClassifier"}  # and what names such a class
@@ -117,7 +118,7 @@ def run(
     seed: int = 0,
     recipe: str = "steady",
     resume: bool = False,
-    bf16: bool = True,
+    bf16: bool | None = None,
     limit: int | None = None,
     epochs: float | None = None,
     fine_tune_epochs: float | None = None,
@@ -136,7 +137,8 @@ def run(
         seed: of everything drawn.
         recipe: a name in `RECIPES`.
         resume: go on with the run in `out`.
-        bf16: run the frozen encoder in bfloat16 while probes are trained; it is measured in float32. A GRU never is.
+        bf16: run the frozen encoder in bfloat16 while probes are trained; it is measured in float32. None:
+            where the device has instructions for it, see `multiplies_bfloat16`. A GRU never is.
         limit: use only so many sentences of each file, evenly spaced.
         epochs: of the probes, instead of the recipe's.
         fine_tune_epochs: of the classifier, instead of those of `FINE_TUNING`.
@@ -161,6 +163,7 @@ def run(
     chosen, settings = recipe_named(recipe, RECIPES), FINE_TUNING[architecture]
     chosen = chosen if epochs is None else replace(chosen, epochs=epochs)
     settings = settings if fine_tune_epochs is None else replace(settings, epochs=fine_tune_epochs)
+    bf16 = multiplies_bfloat16() if bf16 is None else bf16
     (sentences, neutral), (eval_sentences, eval_neutral) = (
         read_sst(path, classes, limit) for path in (train, evaluate)
     )

@@ -224,6 +224,25 @@ def test_a_run_may_use_bfloat16_for_the_frozen_model(questions: Path, qa_folder:
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("has", [False, True])
+def test_a_run_uses_bfloat16_unasked_where_the_device_has_it(
+    questions: Path, qa_folder: Path, tmp_path: Path, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffmask_fast.training import trainer
+
+    class TrainedError(Exception):
+        pass
+
+    def train(*_: Any, bf16: bool, **__: Any) -> None:
+        raise TrainedError(bf16)
+
+    monkeypatch.setattr(squad, "multiplies_bfloat16", lambda: has)
+    monkeypatch.setattr(trainer, "train_probe", train)
+    with pytest.raises(TrainedError, match=str(has)):
+        squad.run(str(qa_folder), questions, questions, tmp_path / "run", epochs=1.0, quiet=True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["bf16"] is has
+
+
 @pytest.mark.shared
 @pytest.mark.slow
 def test_a_run_on_real_questions_and_a_real_model_leaves_sound_metrics(shared: Path, tmp_path: Path) -> None:

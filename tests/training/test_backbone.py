@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import platform
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from diffmask_fast.data import encode
 from diffmask_fast.masking import frozen
 from diffmask_fast.sites import patch, register_sites
 from diffmask_fast.training import attention
-from diffmask_fast.training.backbone import checkpointed, compiled, running_in
+from diffmask_fast.training.backbone import checkpointed, compiled, multiplies_bfloat16, running_in
 from diffmask_fast.training.objective import Objective
 from diffmask_fast.training.recipe import Recipe
 from diffmask_fast.training.trainer import train_probe
@@ -191,3 +193,27 @@ def test_compiled_layers_give_the_plain_states_whatever_is_captured_and_make_no_
         after = patched.run(inputs, capture=range(4))
     assert torch.equal(after.output.logits, plain.output.logits)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("device", ["cuda", "another accelerator", "x86_64", "aarch64"])
+def test_bfloat16_is_for_devices_with_instructions_for_it(
+    device: str, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerated = device in ("cuda", "another accelerator")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerated)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has and not including_emulation)
+    monkeypatch.setattr(platform, "machine", lambda: device)
+    # each is asked only where its answer counts
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has and device == "x86_64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has and device == "aarch64")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert multiplies_bfloat16() == (has and device != "another accelerator")
+
+
+def test_this_processor_is_known() -> None:
+    flags = Path("/proc/cpuinfo")
+    if torch.accelerator.is_available() or platform.machine() != "x86_64" or not flags.exists():
+        pytest.skip("asks a Linux about its x86 processor")
+    assert multiplies_bfloat16() == ("avx512_bf16" in flags.read_text())
