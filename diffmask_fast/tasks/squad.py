@@ -20,30 +20,11 @@ from diffmask_fast.data import Examples, encode
 from diffmask_fast.models import load_for
 from diffmask_fast.probes import save_probe
 from diffmask_fast.training.backbone import multiplies_bfloat16
-from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
+from diffmask_fast.training.recipe import INPUT, PUBLISHED, Recipe, recipe_named
 
 _PUBLISHED = replace(PUBLISHED, warmup_steps=1200, epochs=1)
 RECIPES = {
-    # many gates multiply at the upper sites, of which only those of the upper layers may shut
-    "input": {
-        "steady": Recipe(
-            margin=0.85,
-            initial_margin=1.5,
-            corrupted=0.1,
-            temperature=0.67,
-            standardised=True,
-            bias_of="product",
-            bound=12.0,
-            pull=0.5,
-            pull_by="share",
-            gradient="straight",
-            multiplier_rate=0.03,
-            learning_rate=3e-3,
-            warmup_steps=50,
-            epochs=5.0,
-        ),
-        "published": _PUBLISHED,
-    },
+    "input": {"steady": replace(INPUT, epochs=5.0), "published": _PUBLISHED},
     "hidden": {"steady": Recipe(), "published": _PUBLISHED},
 }
 # what is shown of each site's metrics

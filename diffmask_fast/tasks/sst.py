@@ -29,15 +29,16 @@ from diffmask_fast.tasks.classifiers import (
 )
 from diffmask_fast.tasks.trees import CLASS_NAMES, Sentence, in_classes, read_trees
 from diffmask_fast.training.backbone import multiplies_bfloat16
-from diffmask_fast.training.recipe import PUBLISHED, Recipe, recipe_named
+from diffmask_fast.training.recipe import INPUT, PUBLISHED, Recipe, recipe_named
 
 ARCHITECTURES = {"encoder": "ForSequenceClassification", "gru": "GRUClassifier"}  # and what names such a class
 
 # what is shown of each site's metrics
 COLUMNS = ("sampled_kl", "sampled_open", "kl", "open", "kept_prediction", "accuracy", "macro_f1")
+_PUBLISHED = replace(PUBLISHED, tolerance=0.1, warmup_steps=1200, epochs=300, batch_size=64)
 RECIPES = {
-    "steady": Recipe(tolerance=0.1, epochs=2, batch_size=32),
-    "published": replace(PUBLISHED, tolerance=0.1, warmup_steps=1200, epochs=300, batch_size=64),
+    "input": {"steady": replace(INPUT, tolerance=0.1, epochs=3, batch_size=16), "published": _PUBLISHED},
+    "hidden": {"steady": Recipe(tolerance=0.1, epochs=2, batch_size=32), "published": _PUBLISHED},
 }
 
 
@@ -135,7 +136,7 @@ def run(
         classes: 5, or 2: without the neutral sentences.
         maskings: "input", "hidden", or both.
         seed: of everything drawn.
-        recipe: a name in `RECIPES`.
+        recipe: a name in `RECIPES[masking]`.
         resume: go on with the run in `out`.
         bf16: run the frozen encoder in bfloat16 while probes are trained; it is measured in float32. None:
             where the device has instructions for it, see `multiplies_bfloat16`. A GRU never is.
@@ -160,8 +161,10 @@ def run(
         raise ValueError(f"architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
     if isinstance(maskings, str) or not maskings or not set(maskings) <= set(MASKINGS):
         raise ValueError(f"maskings is {maskings!r}; expected one or both of {', '.join(MASKINGS)}, in a list")
-    chosen, settings = recipe_named(recipe, RECIPES), FINE_TUNING[architecture]
-    chosen = chosen if epochs is None else replace(chosen, epochs=epochs)
+    recipes = {masking: recipe_named(recipe, RECIPES[masking]) for masking in maskings}
+    if epochs is not None:
+        recipes = {masking: replace(chosen, epochs=epochs) for masking, chosen in recipes.items()}
+    settings = FINE_TUNING[architecture]
     settings = settings if fine_tune_epochs is None else replace(settings, epochs=fine_tune_epochs)
     bf16 = multiplies_bfloat16() if bf16 is None else bf16
     (sentences, neutral), (eval_sentences, eval_neutral) = (
@@ -170,7 +173,8 @@ def run(
     config = {
         **{"task": "sst", "model": str(model_path), "train": str(train), "eval": str(evaluate), "seed": seed},
         **{"architecture": architecture, "classes": classes, "maskings": list(maskings), "limit": limit, "bf16": bf16},
-        **{"fine_tuning": asdict(settings), "recipe": recipe, **chosen.to_dict()},
+        **{"fine_tuning": asdict(settings), "recipe": recipe},
+        "recipes": {masking: chosen.to_dict() for masking, chosen in recipes.items()},
     }
     folder = runs.begin(out, config, resume)
     if (folder / runs.METRICS).exists():
@@ -181,7 +185,7 @@ def run(
     path = classifier(str(model_path), sentences, folder, settings, config, quiet)
     measured = {
         masking: train_and_measure(path, sentences, eval_sentences, folder / masking, chosen, config, resume, quiet)
-        for masking in maskings
+        for masking, chosen in recipes.items()
     }
     metrics = {
         "task": next(iter(measured.values()))["task"],

@@ -11,7 +11,6 @@ import pytest
 
 from diffmask_fast.reproduce import parts, squad, sst
 from diffmask_fast.reproduce import toy as toy_experiment
-from diffmask_fast.tasks import sst as sst_task
 from diffmask_fast.tasks import toy
 
 pytest.importorskip("matplotlib")
@@ -109,7 +108,6 @@ def test_the_squad_experiment_goes_from_questions_to_a_page(
 def test_the_sst_experiment_goes_from_an_encoder_to_a_page(
     tiny_bert: Callable[..., Any], tokenizer: Any, tagger: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sst_task.RECIPES, "steady", replace(sst_task.RECIPES["steady"], epochs=1.0))
     tiny_bert("Model").save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
     trees = tmp_path / "trees.txt"
