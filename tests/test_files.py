@@ -27,6 +27,13 @@ def test_a_write_that_ends_well_replaces_the_file_and_leaves_nothing_else(tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_whoever_may_read_the_users_files_may_read_what_a_writer_keeps_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    with replacing(tmp_path / "weights") as temporary:
+        temporary.touch(mode=0o600)
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "a file").stat().st_mode
+
+
 def test_the_temporary_name_ends_as_the_real_one(tmp_path: Path) -> None:
     with replacing(tmp_path / "figure.pdf") as temporary:
         temporary.touch()
