@@ -175,11 +175,13 @@ def _line(name: str, rows: list[list[float]], shares: int, rationales: int) -> L
 
 
 def line_names(attributions: Sequence[Attributions]) -> list[str]:
-    """The methods, numbered where one comes several times, and the random order."""
-    methods = [one.method for one in attributions]
-    numbered = [f"{name} {methods[:i].count(name)}" for i, name in enumerate(methods)]
-    named = [name if methods.count(name) == 1 else number for name, number in zip(methods, numbered, strict=True)]
-    return [*named, RANDOM]
+    """The methods, and the random order. What is masked tells two of one method apart, and else their number does."""
+    maskings: dict[str, set[str]] = {}
+    for one in attributions:
+        maskings.setdefault(one.method, set()).add(one.masking)
+    names = [f"{one.method}, {one.masking}" if len(maskings[one.method]) > 1 else one.method for one in attributions]
+    numbered = [f"{name} {names[:i].count(name)}" for i, name in enumerate(names)]
+    return [*(name if names.count(name) == 1 else number for name, number in zip(names, numbered, strict=True)), RANDOM]
 
 
 def example_keeps(attributions: Attributions, examples: Examples, names: Sequence[str], site: int) -> list[Tensor]:

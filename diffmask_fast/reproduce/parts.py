@@ -91,7 +91,11 @@ def method_sections(results: Results) -> list[Section]:
     """The sections of the stages "methods" and "faithfulness"."""
     curves = {site: read_faithfulness(found) for site, found in results["faithfulness"].items()}
     explained = next(iter(curves.values())).examples
-    shown = [one for site, found in curves.items() for one in faithfulness_findings(found, f"faithfulness-{site}")]
+    shown = [
+        one
+        for site, found in curves.items()
+        for one in faithfulness_findings(found, f"faithfulness-{site.replace(' ', '-')}")
+    ]
     text = "Tokens are masked in each method's order, the least important first."
     return [
         Section("Other methods", [], [method_finding(results["methods"], explained, "methods")]),

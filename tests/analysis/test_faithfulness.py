@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 from tiny_probe import TOLERANCE, a_probe
 from token_lists import single
 
-from diffmask_fast.analysis.faithfulness import RANDOM, Step, faithfulness, importance_ranks, open_gates, random_order
+from diffmask_fast.analysis.faithfulness import (
+    RANDOM,
+    Step,
+    faithfulness,
+    importance_ranks,
+    line_names,
+    open_gates,
+    random_order,
+)
 from diffmask_fast.attribution.attribute import attribute
 from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import encode
@@ -167,3 +176,20 @@ def test_other_texts_or_sites_than_those_attributed_are_refused(make: Any, class
     hidden = attribute(classifier, examples, method="leave-one-out", sites=["last"])
     with pytest.raises(ValueError, match="leave-one-out explained last, and not layer 0"):
         faithfulness(classifier, examples, [hidden], site="layer 0")
+
+
+@pytest.mark.parametrize(
+    ("maskings", "names"),
+    [
+        (["hidden"], ["diffmask"]),
+        (["hidden", "hidden"], ["diffmask 0", "diffmask 1"]),
+        (["input", "hidden"], ["diffmask, input", "diffmask, hidden"]),
+        (["input", "hidden", "input"], ["diffmask, input 0", "diffmask, hidden", "diffmask, input 1"]),
+    ],
+)
+def test_lines_of_one_method_are_told_apart_by_what_is_masked_or_by_number(
+    maskings: list[str], names: list[str]
+) -> None:
+    attributions: Any = [SimpleNamespace(method="diffmask", masking=masking) for masking in maskings]
+    other: Any = SimpleNamespace(method="schulz", masking="hidden")
+    assert line_names([*attributions, other]) == [*names, "schulz", RANDOM]
