@@ -29,28 +29,23 @@ WARMED = 2  # sentences
 
 
 def row(model: Any, texts: Examples, method: str, moments: dict[int, Moments], batch_size: int) -> dict[str, Any]:
-    found: list[Attributions] = []
+    found: list[tuple[float, Attributions]] = []
 
     def run(chosen: Examples = texts) -> None:
-        found.append(attribute(model, chosen, method=method, sites=[*moments], moments=moments, batch_size=batch_size))
-
-    seconds: list[float] = []
-
-    def timed() -> None:
         start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
+        said = attribute(model, chosen, method=method, sites=[*moments], moments=moments, batch_size=batch_size)
+        found.append((time.perf_counter() - start, said))
 
-    peak = measure.peak_extra_bytes(timed, "cpu", warm_up=lambda: run(texts.select(range(min(WARMED, len(texts))))))
-    result = found[-1]
+    peak = measure.peak_extra_bytes(run, "cpu", warm_up=lambda: run(texts.select(range(min(WARMED, len(texts))))))
+    seconds, result = found[-1]
     return {
         "method": method,
         "site": result.site_names[0],
         "batch": batch_size,
         "texts": len(texts),
         "tokens": sum(texts.lengths),
-        "seconds": round(seconds[0], 1),
-        "seconds_a_text": round(seconds[0] / len(texts), 4),
+        "seconds": round(seconds, 1),
+        "seconds_a_text": round(seconds / len(texts), 4),
         "peak_mb": round(peak / 1e6, 1),
         "steps_a_text": round(result.details["steps"].mean().item(), 1),
         "tokens_kept": round((result.keep > KEPT_ABOVE).float().mean().item(), 4),
@@ -70,6 +65,8 @@ def main() -> None:
     options = measure.options(str(__doc__), parser)
     if options.device != "cpu":
         raise SystemExit("only the CPU is timed yet: leave --device out")
+    if options.alone < 1:
+        raise SystemExit(f"--alone is {options.alone}: expected 1 or more sentences")
     model = load_for(options.folder, "Classif")
     sentences = [sentence.text for sentence in read_sst(options.data, limit=options.texts)[0]]
     texts = encode(AutoTokenizer.from_pretrained(options.folder), sentences, model)

@@ -54,7 +54,7 @@ MaskingOption = Annotated[Masking, typer.Option(help="Gate the inputs, or each s
 BFloat16 = Annotated[
     bool | None,
     typer.Option(
-        "--bf16/--no-bf16", help="The frozen model in bfloat16, or not; else where the device is made for it."
+        "--bf16/--no-bf16", help="Run the frozen model in bfloat16, or not; if not given, where the device has it."
     ),
 ]
 RecipeOption = Annotated[RecipeName, typer.Option(help="steady: ours. published: the paper's code.")]

@@ -29,7 +29,7 @@ def report() -> bool:
     print(f"{'threads':18} {torch.get_num_threads()}")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     print(f"{'accelerator':18} {accelerator or 'none'}")
-    dtype = "bfloat16" if multiplies_bfloat16() else "float32, having no instructions for bfloat16"
+    dtype = "bfloat16" if multiplies_bfloat16() else "float32, knowing of no instructions for bfloat16"
     print(f"{'trains models in':18} {dtype}")
     reasons = backends.available()
     seconds = CHECK_SECONDS / sum(len(backends.BACKENDS[name].modules) for name in reasons if reasons[name] is None)

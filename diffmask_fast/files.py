@@ -26,10 +26,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.is_dir():
         raise IsADirectoryError(f"cannot write {target}: it is a folder; give the name of a file")
     temporary = target.with_name(f".{secrets.token_hex(6)}.{target.name[-100:]}")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # as the user's files have it: safetensors lets nobody else read its own
-    temporary.unlink()
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user's files have it: safetensors lets nobody else read its own
+        temporary.unlink()
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, target)

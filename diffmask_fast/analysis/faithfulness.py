@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -176,12 +177,10 @@ def _line(name: str, rows: list[list[float]], shares: int, rationales: int) -> L
 
 def line_names(attributions: Sequence[Attributions]) -> list[str]:
     """The methods, and the random order. What is masked tells two of one method apart, and else their number does."""
-    maskings: dict[str, set[str]] = {}
-    for one in attributions:
-        maskings.setdefault(one.method, set()).add(one.masking)
-    names = [f"{one.method}, {one.masking}" if len(maskings[one.method]) > 1 else one.method for one in attributions]
-    numbered = [f"{name} {names[:i].count(name)}" for i, name in enumerate(names)]
-    return [*(name if names.count(name) == 1 else number for name, number in zip(names, numbered, strict=True)), RANDOM]
+    maskings = Counter(method for method, _ in {(one.method, one.masking) for one in attributions})
+    names = [f"{one.method}, {one.masking}" if maskings[one.method] > 1 else one.method for one in attributions]
+    named = [name if names.count(name) == 1 else f"{name} {names[:i].count(name)}" for i, name in enumerate(names)]
+    return [*named, RANDOM]
 
 
 def example_keeps(attributions: Attributions, examples: Examples, names: Sequence[str], site: int) -> list[Tensor]:

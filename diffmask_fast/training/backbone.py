@@ -21,8 +21,9 @@ X86 = ("x86_64", "AMD64")
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the device that a training runs on has instructions for products in bfloat16. A processor without them
-    takes from twice to two hundred times as long in it as in float32."""
+    """Whether the device that a training runs on has instructions for products in bfloat16. A processor with AVX2
+    alone takes many times as long in it as in float32. Accelerators other than CUDA's count as having none: none was
+    tried."""
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if platform.machine() in X86:  # oneDNN also says yes where AVX-512 only imitates them
