@@ -1,7 +1,7 @@
 """How long our recipe takes to be as good as the published one ever gets, and how long that one took for it.
 
     python bench/time_to_quality.py --folder MODEL --data TRAIN.json --dev DEV.json [--masking input hidden]
-        [--seeds 0 1 2] [--epochs 8] [--ours-epochs 2] [--against FILE] [--limit N] [--json FILE]
+        [--seeds 0 1 2] [--epochs 8] [--ours-epochs 2] [--work FOLDER] [--against FILE] [--limit N] [--json FILE]
 
 The quality of a probe: the mean over sites of the share of tokens that it keeps on the questions of DEV, where a site
 whose divergence is over 1.1 times the tolerance counts as 1. Less is better. The published recipe's steps are run by
@@ -32,6 +32,7 @@ import torch
 import train_step
 from transformers import AutoTokenizer, TrainerCallback
 
+from diffmask_fast import runs
 from diffmask_fast.attribution.explain import explain
 from diffmask_fast.data import Examples, encode
 from diffmask_fast.models import load_for
@@ -78,14 +79,41 @@ def quality(rows: list[dict[str, float]], tolerance: float) -> float:
 
 def trained(
     model: Any, examples: Examples, recipe: Recipe, masking: str, mask_token: int | None, seed: int, an_epoch: int,
-    enough: Callable[[Look], bool],
+    enough: Callable[[Look], bool], folder: Path | None = None,
 ) -> list[Look]:  # fmt: skip
+    """The looks of a training, or of what was left of the one that began in `folder`."""
     torch.manual_seed(seed)
     probe = fresh_probe(model, examples, recipe, masking, mask_token=mask_token)
     looks = Looks(an_epoch, enough)
-    with tempfile.TemporaryDirectory() as folder, overhead.listening(looks):
-        train_probe(model, probe, examples, recipe, folder, seed=seed, bf16=multiplies_bfloat16(), quiet=True)
+    with tempfile.TemporaryDirectory() as passing, overhead.listening(looks):
+        train_probe(
+            *(model, probe, examples, recipe, folder or passing),
+            seed=seed,
+            bf16=multiplies_bfloat16(),
+            resume=folder is not None,
+            quiet=True,
+        )
     return looks.taken
+
+
+def published_looks(
+    model: Any, examples: Examples, dev: Examples, masking: str, mask_token: int | None, seed: int, recipe: Recipe,
+    tolerance: float, folder: Path | None,
+) -> dict[int, float]:  # fmt: skip
+    """The quality after each epoch, by step; those before the last checkpoint in `folder` were kept there."""
+    kept = folder and folder / "looks.json"
+    found: dict[int, float] = {}
+    if kept is not None and kept.exists():
+        found = {int(step): value for step, value in runs.read_json(kept).items()}
+
+    def look_at(look: Look) -> bool:
+        found[look.step] = measured(model, dev, look, tolerance, "published")[0]
+        if kept is not None:
+            runs.write_json(kept, found)
+        return False
+
+    trained(model, examples, recipe, masking, mask_token, seed, 1, look_at, folder)
+    return found
 
 
 def seconds_of_published_steps(model: Any, examples: Examples, masking: str, seed: int) -> list[float]:
@@ -108,31 +136,29 @@ def seconds_of_published_steps(model: Any, examples: Examples, masking: str, see
 
 def row(
     model: Any, examples: Examples, dev: Examples, masking: str, mask_token: int | None, seed: int,
-    recipes: dict[str, Recipe], earlier: dict[str, Any] | None,
+    recipes: dict[str, Recipe], earlier: dict[str, Any] | None, folder: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The published recipe's best look, or that of an `earlier` row, and our first one that is as good. Where none is,
-    our seconds are those of all of the training, and the speedup None."""
+    our seconds are those of all of the training, and the speedup None. `folder` keeps the published training."""
     tolerance = recipes["steady"].tolerance
-    found: dict[str, list[tuple[float, float]]] = {"published": [], "steady": []}
-
-    def reaches(name: str, aim: float) -> Callable[[Look], bool]:
-        def enough(look: Look) -> bool:
-            found[name].append(measured(model, dev, look, tolerance, name))
-            return found[name][-1][0] <= aim
-
-        return enough
-
     prices = seconds_of_published_steps(model, examples, masking, seed)
     if earlier is None:
-        aimless = reaches("published", -1.0)
-        theirs = trained(model, examples, recipes["published"], masking, mask_token, seed, 1, aimless)
-        (aim, _), best = min(zip(found["published"], theirs, strict=True), key=lambda pair: pair[0][0])
-        steps, aim = best.step, round(aim, 4)
+        looks = published_looks(
+            model, examples, dev, masking, mask_token, seed, recipes["published"], tolerance, folder
+        )
+        steps = min(looks, key=looks.__getitem__)
+        aim = round(looks[steps], 4)
     else:
         steps, aim = earlier["published_steps"], earlier["open_published"]
-    ours = trained(model, examples, recipes["steady"], masking, mask_token, seed, LOOKS, reaches("steady", aim))
+    found: list[tuple[float, float]] = []
+
+    def as_good(look: Look) -> bool:
+        found.append(measured(model, dev, look, tolerance, "steady"))
+        return found[-1][0] <= aim
+
+    ours = trained(model, examples, recipes["steady"], masking, mask_token, seed, LOOKS, as_good)
     prices += seconds_of_published_steps(model, examples, masking, seed)
-    look, (reached, divergence) = ours[-1], found["steady"][-1]
+    look, (reached, divergence) = ours[-1], found[-1]
     seconds_published = steps * statistics.mean(prices)
     return {
         "masking": masking,
@@ -177,6 +203,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--epochs", type=float, default=8.0, help="of the published recipe")
     parser.add_argument("--ours-epochs", type=float, help="instead of ours' own")
+    parser.add_argument("--work", help="folder for the published trainings, which go on there when stopped")
     parser.add_argument("--against", help="rows of an earlier run, in whose place published is not trained")
     parser.add_argument("--limit", type=int, help="use only so many questions of each file")
     options = measure.options(str(__doc__), parser)
@@ -198,7 +225,12 @@ def main() -> None:
         }
         for seed in options.seeds:
             known = earlier.get((masking, seed))
-            found = row(model, train, dev, masking, tokenizer.mask_token_id, seed, recipes, known)
+            folder = None
+            if options.work:
+                config = {"data": options.data, "dev": options.dev, "model": options.folder, "limit": options.limit}
+                config |= {"recipe": recipes["published"].to_dict(), "bf16": multiplies_bfloat16()}
+                folder = runs.begin(Path(options.work) / f"{masking}-{seed}", config, resume=True)
+            found = row(model, train, dev, masking, tokenizer.mask_token_id, seed, recipes, known, folder)
             rows.append(found | {"threads": options.threads})
             print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
             measure.write_rows(rows, options.json)

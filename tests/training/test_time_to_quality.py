@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +85,41 @@ def test_a_training_ends_with_the_first_look_that_is_enough_and_looking_takes_no
     looks = bench.trained(model, encode(tokenizer, TEXTS, model), recipe, "input", None, 0, 3, enough)
     assert [look.step for look in looks] == [1, 2, 3]
     assert looks[2].seconds - looks[0].seconds < 2  # two steps of a tiny model, and not two looks
+
+
+def test_a_published_training_that_was_stopped_goes_on_to_the_same_looks(
+    tiny_bert: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_bert("ForQuestionAnswering")
+    examples = encode(tokenizer, TEXTS, model)
+    recipe = replace(RECIPES["input"]["published"], epochs=2.0)
+    monkeypatch.setattr(bench, "train_probe", partial(bench.train_probe, save_steps=2))
+    looked: list[int] = []
+
+    def measured_until(last: int) -> Any:
+        def measured(model: Any, dev: Any, look: bench.Look, tolerance: float, name: str) -> tuple[float, float]:
+            if look.step > last:
+                raise KeyboardInterrupt
+            looked.append(look.step)
+            return torch.cat([p.flatten() for p in look.probe.parameters()]).sum().item(), 0.0
+
+        return measured
+
+    def looks(folder: str, last: int) -> dict[int, float]:
+        monkeypatch.setattr(bench, "measured", measured_until(last))
+        return bench.published_looks(
+            model, examples, examples, "input", None, 0, recipe, recipe.tolerance, tmp_path / folder
+        )
+
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "whole").mkdir()
+    whole = looks("whole", 6)
+    with pytest.raises(KeyboardInterrupt):
+        looks("stopped", 5)
+    looked.clear()
+    assert looks("stopped", 6) == whole and looked == [6] and list(whole) == [3, 6]
+    looked.clear()
+    assert looks("stopped", 6) == whole and not looked  # done: read
 
 
 def test_the_divergence_of_a_look_is_the_largest_of_a_site(tiny_bert: Any, tokenizer: Any) -> None:
