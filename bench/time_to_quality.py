@@ -229,7 +229,10 @@ def main() -> None:
             if options.work:
                 config = {"data": options.data, "dev": options.dev, "model": options.folder, "limit": options.limit}
                 config |= {"recipe": recipes["published"].to_dict(), "bf16": multiplies_bfloat16()}
-                folder = runs.begin(Path(options.work) / f"{masking}-{seed}", config, resume=True)
+                try:
+                    folder = runs.begin(Path(options.work) / f"{masking}-{seed}", config, resume=True)
+                except (ValueError, FileExistsError) as error:
+                    raise SystemExit(str(error)) from error
             found = row(model, train, dev, masking, tokenizer.mask_token_id, seed, recipes, known, folder)
             rows.append(found | {"threads": options.threads})
             print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
