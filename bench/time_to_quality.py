@@ -194,6 +194,21 @@ def fitting(examples: Examples) -> Examples:
     return examples.select([i for i, length in enumerate(examples.lengths) if length <= train_step.PADDED])
 
 
+def begun(options: argparse.Namespace) -> dict[tuple[str, int], Path]:
+    """The folder of each published training in `--work`. One that does not fit is refused before hours are spent."""
+    homes = {}
+    for masking in options.masking if options.work else ():
+        config = {"data": options.data, "dev": options.dev, "model": options.folder, "limit": options.limit}
+        config["recipe"] = replace(RECIPES[masking]["published"], epochs=options.epochs).to_dict()
+        config["bf16"] = multiplies_bfloat16()
+        for seed in options.seeds:
+            try:
+                homes[masking, seed] = runs.begin(Path(options.work) / f"{masking}-{seed}", config, resume=True)
+            except (ValueError, OSError) as error:
+                raise SystemExit(str(error)) from error
+    return homes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", required=True, help="a question-answering BERT")
@@ -209,6 +224,7 @@ def main() -> None:
     options = measure.options(str(__doc__), parser)
     if options.device != "cpu":
         raise SystemExit("only the CPU is timed yet: leave --device out")
+    homes = begun(options)
     model: Any = load_for(options.folder, "QuestionAnswering")
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     train, dev = (
@@ -225,15 +241,9 @@ def main() -> None:
         }
         for seed in options.seeds:
             known = earlier.get((masking, seed))
-            folder = None
-            if options.work:
-                config = {"data": options.data, "dev": options.dev, "model": options.folder, "limit": options.limit}
-                config |= {"recipe": recipes["published"].to_dict(), "bf16": multiplies_bfloat16()}
-                try:
-                    folder = runs.begin(Path(options.work) / f"{masking}-{seed}", config, resume=True)
-                except (ValueError, FileExistsError) as error:
-                    raise SystemExit(str(error)) from error
-            found = row(model, train, dev, masking, tokenizer.mask_token_id, seed, recipes, known, folder)
+            found = row(
+                model, train, dev, masking, tokenizer.mask_token_id, seed, recipes, known, homes.get((masking, seed))
+            )
             rows.append(found | {"threads": options.threads})
             print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
             measure.write_rows(rows, options.json)
