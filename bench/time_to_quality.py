@@ -209,6 +209,19 @@ def begun(options: argparse.Namespace) -> dict[tuple[str, int], Path]:
     return homes
 
 
+def earlier_rows(path: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """What `row` takes of each published training in a file of `--against`, by masking and seed."""
+    taken = ("published_steps", "open_published")
+    try:
+        rows = json.loads(Path(path).read_text())["rows"]
+        return {(one["masking"], one["seed"]): {name: one[name] for name in taken} for one in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"--against {path}: {type(error).__name__} {error}; expected what --json of an earlier run wrote: "
+            f"rows of masking, seed, {', '.join(taken)}"
+        ) from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", required=True, help="a question-answering BERT")
@@ -225,13 +238,12 @@ def main() -> None:
     if options.device != "cpu":
         raise SystemExit("only the CPU is timed yet: leave --device out")
     homes = begun(options)
+    earlier = earlier_rows(options.against) if options.against else {}
     model: Any = load_for(options.folder, "QuestionAnswering")
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     train, dev = (
         fitting(encode(tokenizer, read_squad(path)[: options.limit], model)) for path in (options.data, options.dev)
     )
-    before = json.loads(Path(options.against).read_text())["rows"] if options.against else []
-    earlier = {(one["masking"], one["seed"]): one for one in before}
     rows = []
     for masking in options.masking:
         published, steady = (RECIPES[masking][name] for name in ("published", "steady"))
