@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from functools import partial
@@ -129,3 +130,19 @@ def test_the_divergence_of_a_look_is_the_largest_of_a_site(tiny_bert: Any, token
     with bench.running_in(model, torch.bfloat16 if bench.multiplies_bfloat16() else None):
         rows = attribution_metrics(bench.explain(model, a_probe().eval(), examples))
     assert divergence == max(row["kl"] for row in rows) > 0 and found == bench.quality(rows, 1.0)
+
+
+def test_rows_of_an_earlier_run_are_taken_by_masking_and_seed(tmp_path: Path) -> None:
+    row = {"masking": "input", "seed": 1, "published_steps": 4860, "open_published": 0.929}
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": [row | {"speedup": 47}]}))
+    found = bench.earlier_rows(str(tmp_path / "rows.json"))
+    assert found == {("input", 1): {"published_steps": 4860, "open_published": 0.929}}
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"rows": 1}', '{"rows": [{"masking": "input", "seed": 0}]}'])
+def test_a_file_without_such_rows_is_refused_with_what_is_expected(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=r"--against .*rows\.json: .*rows of masking, seed, published_steps"):
+        bench.earlier_rows(str(path))
