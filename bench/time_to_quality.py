@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -213,7 +212,7 @@ def earlier_rows(path: str) -> dict[tuple[str, int], dict[str, Any]]:
     """What `row` takes of each published training in a file of `--against`, by masking and seed."""
     taken = ("published_steps", "open_published")
     try:
-        rows = json.loads(Path(path).read_text())["rows"]
+        rows = runs.read_json(path)["rows"]
         return {(one["masking"], one["seed"]): {name: one[name] for name in taken} for one in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(
