@@ -24,7 +24,7 @@ SMOOTHING = 0.1  # weight of the newest batch in the running mean of a site's di
 PROPORTIONAL = 2.0  # the multiplier goes with this power of (running mean / aim)
 SMALLEST = 0.3  # of the integral: lower, and a site that has held for long falls unopposed while it winds up again
 TIGHTENED = 0.25, 0.65  # between these shares of the training the margin goes from the initial to the final one
-URGENCY = (0.1, 4.0)  # a site that holds is still drawn, a hopeless one does not take all draws
+MOST_DRAWN = 4.0  # times a site that is at its aim: a hopeless one does not take all draws
 
 
 class Ascent(nn.Module):
@@ -61,21 +61,24 @@ class Control(nn.Module):
 
     integral: Tensor
     average: Tensor
+    aim: Tensor
 
     def __init__(self, sites: int, recipe: Recipe) -> None:
         super().__init__()
         self.register_buffer("integral", torch.full((sites,), math.log(recipe.initial_multiplier)))
         self.register_buffer("average", torch.full((sites,), recipe.tolerance))
+        self.register_buffer("aim", torch.empty(sites), persistent=False)
         self.recipe = recipe
         self.set_progress(0.0)
         self.rate, self.largest = recipe.multiplier_rate, recipe.largest_multiplier
 
     def set_progress(self, progress: float) -> None:
-        """Set the aim of a training that is `progress` (0 to 1) done."""
+        """Set the aims (sites,) of a training that is `progress` (0 to 1) done."""
         final, initial = self.recipe.margin, self.recipe.initial_margin or self.recipe.margin
         begin, end = TIGHTENED
         margin = initial + (final - initial) * min(1.0, max(0.0, (progress - begin) / (end - begin)))
-        self.aim = margin * self.recipe.tolerance
+        top = margin * self.recipe.tolerance
+        torch.linspace(self.recipe.lowest_aim * top, top, len(self.aim), out=self.aim)
 
     def current(self) -> Tensor:
         """(sites,)"""
@@ -83,12 +86,12 @@ class Control(nn.Module):
 
     def urgency(self) -> Tensor:
         """(sites,) how often each site is drawn, up to scale: the oftener, the further it is over the tolerance."""
-        return (self.average / self.aim).clamp(*URGENCY)
+        return (self.average / self.aim).clamp(self.recipe.least_drawn, MOST_DRAWN)
 
     def penalised(self, sparsity: Tensor, divergence: Tensor, sites: Tensor) -> Tensor:
         """(B,) terms of the loss, scaled by 1 / (1 + multiplier) so that no site's gradient drowns another's."""
         multiplier = self.current()[sites]
-        return (sparsity + multiplier * (divergence / self.aim - 1)) / (1 + multiplier)
+        return (sparsity + multiplier * (divergence / self.aim[sites] - 1)) / (1 + multiplier)
 
     @torch.no_grad()
     def observe(self, divergence: Tensor, sites: Tensor) -> None:
@@ -102,7 +105,7 @@ class Control(nn.Module):
         drawn = totals[1] > 0
         mean = totals[0] / totals[1].clamp(min=1)
         # one example with a hopeless prediction must not speak for the site: both parts see a bounded violation
-        self.average[drawn] += SMOOTHING * (mean.clamp(0, 10 * self.aim) - self.average)[drawn]
+        self.average[drawn] += SMOOTHING * (mean.clamp(torch.zeros_like(mean), 10 * self.aim) - self.average)[drawn]
         violation = (mean / self.aim - 1).clamp(-1, 3)
         self.integral[drawn] += self.rate * violation[drawn]
         self.integral.clamp_(math.log(SMALLEST), math.log(self.largest))

@@ -9,6 +9,7 @@ not saved and not synchronised between processes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ from diffmask_fast.training.remembered import RememberedPredictions
 
 GROWN = 0.4  # the share of the training after which the heads' bound is the final one
 NEARLY_OPEN = 0.98  # a gate above it has next to no gradient of its own
+REOPENED = 0.3  # of a shut gate's gradient: what a site above wants back it asks of its own gate first
+ALWAYS_SHUT = -30.0  # a logit whose gate is 0 but for one draw in 10^13
 ALWAYS_OPEN = 1e4  # a logit whose gate is exactly 1, its log P(z != 0) exactly 0 and its gradient 0
 
 
@@ -145,13 +148,16 @@ class Objective(nn.Module):
         step = self._input_masking if self.probe.masking == "input" else self._hidden_masking
         return step(inputs, states, sites)
 
-    def draw(self, state: Tensor, logits: Tensor, baseline: Tensor) -> GateMix:
-        """Gates drawn for `logits` (B, T, K), and the state that their product mixes with the baseline."""
+    def draw(self, state: Tensor, logits: Tensor, baseline: Tensor, asked: Tensor | None = None) -> GateMix:
+        """Gates drawn for `logits` (B, T, K), and the state that their product mixes with the baseline. With
+        "straight" gradients, `asked` (B, T) instead of the sum of P(z != 0) over the gates passes on what a saturated
+        product would get."""
         drawn = gate_mix(state, logits, baseline, rank_seed(state.device), temperature=self.recipe.temperature)
         if self.recipe.gradient == "path":
             return drawn
         # Each gate of a product is asked for itself: the product's own derivative is 0 where two of them are shut.
-        gate, opens = drawn.gates[..., -1], log_open(logits, self.recipe.temperature).exp().sum(-1)
+        gate = drawn.gates[..., -1]
+        opens = log_open(logits, self.recipe.temperature).exp().sum(-1) if asked is None else asked
         saturated = (gate <= 0) | (gate > NEARLY_OPEN)
         passed = torch.where(saturated, opens - opens.detach(), 0).to(state.dtype)
         return drawn._replace(mixed=drawn.mixed + passed[..., None] * (state - baseline).detach().to(state.dtype))
@@ -165,13 +171,16 @@ class Objective(nn.Module):
 
     def _input_masking(self, inputs: dict, states: dict[int, Tensor], sites: Tensor) -> tuple[Any, Tensor, Tensor]:
         logits = self.repeated(self.probe.logits(states, int(sites.max())))
-        beyond = torch.arange(logits.shape[-1], device=sites.device) > sites[:, None, None]
-        logits = logits.masked_fill(beyond, ALWAYS_OPEN)
-        mixed, gates, opens = self.draw(self.repeated(states[0]), logits, self.probe.baseline(0))
-        sparsity = opens[..., -1]
+        number, drawn_site = torch.arange(logits.shape[-1], device=sites.device), sites[:, None, None]
+        own_logits = logits.gather(-1, drawn_site.expand(*logits.shape[:2], 1)).squeeze(-1)
+        own_opens = log_open(own_logits, self.recipe.temperature)
+        logits = logits.masked_fill(number > drawn_site, ALWAYS_OPEN)
+        taken, asked = logits, None
+        if self.recipe.below == "decided":
+            taken, asked = decided(logits, number < drawn_site, own_opens, self.recipe.temperature)
+        mixed, gates, opens = self.draw(self.repeated(states[0]), taken, self.probe.baseline(0), asked)
+        sparsity = opens[..., -1] if asked is None else log_open(logits, self.recipe.temperature).sum(-1)
         if self.recipe.credit == "own":
-            own_logits = logits.gather(-1, sites[:, None, None].expand(*logits.shape[:2], 1)).squeeze(-1)
-            own_opens = log_open(own_logits, self.recipe.temperature)
             own = pulled(own_opens, own_logits, self.pull_on(own_opens, inputs["attention_mask"]))
             sparsity = own + (sparsity - own).detach()
         return self.patched.run(inputs, resume=(0, mixed)).output, gates[..., -1], sparsity
@@ -214,6 +223,15 @@ def pulled(log_opens: Tensor, logits: Tensor, pull: float | Tensor) -> Tensor:
     """
     missing = (pull - (1 - log_opens.exp())).clamp(min=0).detach()
     return log_opens + missing * (logits - logits.detach())
+
+
+def decided(logits: Tensor, below: Tensor, own_opens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits (B, T, K) with those `below` set to always open or always shut, by P(z != 0) > 0.5 of the law, and what
+    the gates are asked together (B, T): the own one, whose log P(z != 0) is given, and a little each shut one below."""
+    shut = below & (log_open(logits.detach()) <= math.log(0.5))
+    reopened = torch.where(shut, log_open(logits, temperature).exp(), 0).sum(-1)
+    fixed = torch.where(shut, ALWAYS_SHUT, torch.where(below, ALWAYS_OPEN, logits))
+    return fixed, own_opens.exp() + REOPENED * reopened
 
 
 def check_finite(value: Tensor) -> None:

@@ -9,6 +9,7 @@ from diffmask_fast.ops.reference import TEMPERATURE
 CHOICES = {
     "draw": ("batch", "example"),
     "credit": ("all", "own"),
+    "below": ("drawn", "decided"),
     "bias_of": ("gate", "product"),
     "pull_by": ("gate", "share"),
     "gradient": ("path", "straight"),
@@ -17,11 +18,11 @@ CHOICES = {
 }
 POSITIVE = (
     *("tolerance", "margin", "temperature", "bound", "initial_multiplier", "multiplier_rate", "largest_multiplier"),
-    *("learning_rate", "baseline_learning_rate", "epochs", "batch_size", "draws"),
+    *("lowest_aim", "learning_rate", "baseline_learning_rate", "epochs", "batch_size", "draws"),
 )
 WHOLE = ("batch_size", "draws")
 OPTIONAL = ("initial_margin", "initial_bound")  # above 0, or None
-SHARES = ("pull", "corrupted")  # from 0 to 1
+SHARES = ("pull", "corrupted", "least_drawn")  # from 0 to 1
 
 
 def recipe_named(name: str, recipes: dict[str, Recipe]) -> Recipe:
@@ -42,6 +43,8 @@ class Recipe:
         initial_margin: the margin for the first quarter of the training, from where it falls to `margin` until 0.65 of
             it is done. A larger one lets gates shut first, and then open those again that are missed. None keeps it
             constant.
+        lowest_aim: the share of the aim that the lowest site has; it grows evenly to all of it at the deepest. What is
+            dropped at one site of inputs is missing at all above, which need some of the tolerance for themselves.
         corrupted: the share of the training texts' tokens that are replaced by the mask token, see
             `Examples.corrupted`. A model is surer of texts that it was fine-tuned on than of new ones, and needs less
             of them; a few missing words make it as unsure as it is of new ones.
@@ -63,7 +66,12 @@ class Recipe:
         draw: "batch" draws one site for all examples of a step, "example" one for each, the oftener the further a site
             is over the tolerance.
         credit: "all" lets the sparsity of a site train the gates of all sites that multiply there; "own" lets it
-            train that site's own gate only. The KL trains all of them either way.
+            train that site's own gate only. The KL trains all of them either way, unless they are `below` and decided.
+        below: of the gates that multiply at a site of inputs, those below it are "drawn" as its own is, or "decided": 1
+            or 0, as an attribution takes them, so that the site learns without their noise. The KL then trains no gate
+            that is open below, and opens shut ones a little.
+        least_drawn: where `draw` is "example", how often a site without any divergence is drawn, of how often one that
+            is at its aim is.
         multiplier: "ascent" is gradient ascent by the optimiser, clamped; "control" is a proportional-integral
             controller of the multiplier's logarithm, see `training.multipliers`; "shared" is that with one multiplier
             for all sites, an ablation.
@@ -82,6 +90,7 @@ class Recipe:
     tolerance: float = 1.0
     margin: float = 0.5
     initial_margin: float | None = None
+    lowest_aim: float = 1.0
     corrupted: float = 0.0
     temperature: float = TEMPERATURE
     standardised: bool = False
@@ -94,6 +103,8 @@ class Recipe:
     gradient: str = "path"
     draw: str = "example"
     credit: str = "own"
+    below: str = "drawn"
+    least_drawn: float = 0.1
     multiplier: str = "control"
     initial_multiplier: float = 1.0
     multiplier_rate: float = 0.01

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from diffmask_fast.training.multipliers import SMALLEST, Ascent, Control, multipliers_for
+from diffmask_fast.training.multipliers import MOST_DRAWN, SMALLEST, Ascent, Control, multipliers_for
 from diffmask_fast.training.recipe import Recipe
 
 RECIPE = Recipe(tolerance=0.5, initial_multiplier=2.0, multiplier_rate=0.1, largest_multiplier=40.0)
@@ -60,9 +60,29 @@ def test_the_controllers_aim_falls_from_the_initial_margin_to_the_final_one() ->
     aims = []
     for progress in (0.0, 0.25, 0.45, 0.65, 1.0):
         multipliers.set_progress(progress)
-        aims.append(multipliers.aim)
+        assert multipliers.aim.unique().numel() == 1
+        aims.append(multipliers.aim[0].item())
     assert aims == pytest.approx([3.0, 3.0, 2.0, 1.0, 1.0])
-    assert Control(3, CONTROL).aim == 0.5  # with one margin it stays
+    assert Control(3, CONTROL).aim.tolist() == [0.5] * 3  # with one margin it stays
+
+
+def test_a_lower_site_has_a_smaller_aim_and_pays_for_what_the_deepest_may() -> None:
+    multipliers = Control(3, replace(CONTROL, lowest_aim=0.4))
+    torch.testing.assert_close(multipliers.aim, torch.tensor([0.2, 0.35, 0.5]))
+    everywhere = torch.arange(3)
+    terms = multipliers.penalised(torch.zeros(3), torch.full((3,), 0.35), everywhere)
+    assert terms[0] > 0 and terms[1].abs() < 1e-6 and terms[2] < 0
+    multipliers.observe(torch.full((3,), 0.35), everywhere)
+    started = math.log(CONTROL.initial_multiplier)
+    moved = multipliers.integral - started
+    torch.testing.assert_close(moved, CONTROL.multiplier_rate * torch.tensor([0.75, 0.0, -0.3]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("least", [0.1, 0.3])
+def test_a_site_without_divergence_is_still_drawn_and_a_hopeless_one_does_not_take_all(least: float) -> None:
+    multipliers = Control(3, replace(CONTROL, least_drawn=least))
+    multipliers.average.copy_(torch.tensor([0.0, 0.5, 50.0]))
+    torch.testing.assert_close(multipliers.urgency(), torch.tensor([least, 1.0, MOST_DRAWN]))
 
 
 def observe(multipliers: Control, divergence: float, steps: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from diffmask_fast.masking import frozen
 from diffmask_fast.ops import backends, draw_seed, gate_mix, uniforms
-from diffmask_fast.ops.reference import log_open
+from diffmask_fast.ops.reference import TEMPERATURE, log_open
 from diffmask_fast.predictions import Span, kind_of
 from diffmask_fast.probes import Probe
 from diffmask_fast.sites import patch
@@ -406,6 +407,59 @@ def test_a_straight_gradient_leaves_the_value_and_opens_shut_gates(masking: str,
     gate = path.gates[..., -1:]  # both gates' product
     saturated = (gate <= 0) | (gate > module.NEARLY_OPEN)
     torch.testing.assert_close(through, torch.where(saturated, along + opens * (1 - opens) * moves, along))
+
+
+def with_biases(objective: Objective, biases: list[float]) -> Objective:
+    """Each head's gates are as open as its bias says, up to a little."""
+    for head, bias in zip(objective.probe.heads, biases, strict=True):
+        head.bias.data.fill_(bias)
+        head.bound = 0.1
+    return objective
+
+
+def test_gates_that_leave_nothing_to_chance_are_decided_as_they_are_drawn(make: Any, inputs: dict) -> None:
+    losses = []
+    for below in ("drawn", "decided"):
+        objective = with_biases(make("input", with_recipe(below=below, credit="own"), [3, 2, 1]), [40, 40, -40, 1])
+        torch.manual_seed(SEED)
+        losses.append(objective(**inputs)["loss"])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_decided_below_does_not_depend_on_the_draw(make: Any, inputs: dict) -> None:
+    differ = {}
+    for below in ("drawn", "decided"):
+        objective = with_biases(make("input", with_recipe(below=below), [3] * 3), [0.5, 0.5, 0.5, 40])
+        drawn = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            drawn.append(objective(**inputs)["loss"])
+        differ[below] = (drawn[0] - drawn[1]).abs().item()
+    assert differ["decided"] < 1e-12 < differ["drawn"]
+
+
+@pytest.mark.parametrize("bias", [3.0, -2.0])
+def test_a_decided_gate_hears_from_above_only_if_it_is_shut(bias: float, make: Any, inputs: dict) -> None:
+    recipe = with_recipe(below="decided", credit="own", gradient="straight")
+    objective = with_biases(make("input", recipe, [1] * 3), [bias, 3.0, 3.0, 3.0])
+    torch.manual_seed(SEED)
+    got = gradients(objective, objective(**inputs)["loss"])
+    heard = max(each.abs().max().item() for name, each in got.items() if name.startswith("probe.heads.0."))
+    assert (heard > 0) == (bias < 0)
+    assert got["probe.heads.1.bias"] != 0
+
+
+def test_decided_follows_the_probes_own_rule_and_reopens_a_little() -> None:
+    law_half = TEMPERATURE * math.log(0.2 / 1.2)  # the logit of P(z != 0) = 0.5, whatever a training's temperature is
+    logits = torch.tensor([[[law_half + 0.1, law_half - 0.1, 2.0]]], dtype=torch.float64, requires_grad=True)
+    below = torch.tensor([True, True, False])
+    fixed, asked = module.decided(logits, below, log_open(logits[..., 2], 0.67), 0.67)
+    assert fixed.tolist() == [[[module.ALWAYS_OPEN, module.ALWAYS_SHUT, 2.0]]]
+    (gradient,) = torch.autograd.grad(asked.sum(), logits)
+    p = log_open(logits.detach(), 0.67).exp()
+    slope = p * (1 - p)
+    expected = torch.stack([0 * slope[..., 0], module.REOPENED * slope[..., 1], slope[..., 2]], -1)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_progress_widens_the_bound_and_lets_the_pull_fade(make: Any) -> None:
