@@ -105,7 +105,7 @@ class Control(nn.Module):
         drawn = totals[1] > 0
         mean = totals[0] / totals[1].clamp(min=1)
         # one example with a hopeless prediction must not speak for the site: both parts see a bounded violation
-        self.average[drawn] += SMOOTHING * (mean.clamp(torch.zeros_like(mean), 10 * self.aim) - self.average)[drawn]
+        self.average[drawn] += SMOOTHING * (mean.clamp(min=0).minimum(10 * self.aim) - self.average)[drawn]
         violation = (mean / self.aim - 1).clamp(-1, 3)
         self.integral[drawn] += self.rate * violation[drawn]
         self.integral.clamp_(math.log(SMALLEST), math.log(self.largest))
