@@ -23,8 +23,9 @@ from diffmask_fast.training.backbone import multiplies_bfloat16
 from diffmask_fast.training.recipe import INPUT, PUBLISHED, Recipe, recipe_named
 
 _PUBLISHED = replace(PUBLISHED, warmup_steps=1200, epochs=1)
+_INPUT = replace(INPUT, margin=0.8, lowest_aim=0.5, pull_by="share", below="decided", epochs=5.0)
 RECIPES = {
-    "input": {"steady": replace(INPUT, epochs=5.0), "published": _PUBLISHED},
+    "input": {"steady": _INPUT, "published": _PUBLISHED},
     "hidden": {"steady": Recipe(), "published": _PUBLISHED},
 }
 # what is shown of each site's metrics

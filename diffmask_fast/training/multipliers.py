@@ -24,7 +24,7 @@ SMOOTHING = 0.1  # weight of the newest batch in the running mean of a site's di
 PROPORTIONAL = 2.0  # the multiplier goes with this power of (running mean / aim)
 SMALLEST = 0.3  # of the integral: lower, and a site that has held for long falls unopposed while it winds up again
 TIGHTENED = 0.25, 0.65  # between these shares of the training the margin goes from the initial to the final one
-MOST_DRAWN = 4.0  # times a site that is at its aim: a hopeless one does not take all draws
+URGENCY = (0.1, 4.0)  # a site that holds is still drawn, a hopeless one does not take all draws
 
 
 class Ascent(nn.Module):
@@ -78,15 +78,17 @@ class Control(nn.Module):
         begin, end = TIGHTENED
         margin = initial + (final - initial) * min(1.0, max(0.0, (progress - begin) / (end - begin)))
         top = margin * self.recipe.tolerance
-        torch.linspace(self.recipe.lowest_aim * top, top, len(self.aim), out=self.aim)
+        # from the deepest site down: where there is only one, it is the deepest
+        self.aim.copy_(torch.linspace(top, self.recipe.lowest_aim * top, len(self.aim)).flip(0))
 
     def current(self) -> Tensor:
         """(sites,)"""
         return (self.integral.exp() * (self.average / self.aim) ** PROPORTIONAL).clamp(max=self.largest)
 
     def urgency(self) -> Tensor:
-        """(sites,) how often each site is drawn, up to scale: the oftener, the further it is over the tolerance."""
-        return (self.average / self.aim).clamp(self.recipe.least_drawn, MOST_DRAWN)
+        """(sites,) how often each site is drawn, up to scale: the oftener, the larger its divergence is. That is by the
+        deepest site's aim for all: one that may do little needs few draws."""
+        return (self.average / self.aim[-1]).clamp(*URGENCY)
 
     def penalised(self, sparsity: Tensor, divergence: Tensor, sites: Tensor) -> Tensor:
         """(B,) terms of the loss, scaled by 1 / (1 + multiplier) so that no site's gradient drowns another's."""

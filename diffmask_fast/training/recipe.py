@@ -18,11 +18,12 @@ CHOICES = {
 }
 POSITIVE = (
     *("tolerance", "margin", "temperature", "bound", "initial_multiplier", "multiplier_rate", "largest_multiplier"),
-    *("lowest_aim", "learning_rate", "baseline_learning_rate", "epochs", "batch_size", "draws"),
+    *("learning_rate", "baseline_learning_rate", "epochs", "batch_size", "draws"),
 )
 WHOLE = ("batch_size", "draws")
 OPTIONAL = ("initial_margin", "initial_bound")  # above 0, or None
-SHARES = ("pull", "corrupted", "least_drawn")  # from 0 to 1
+SHARES = ("pull", "corrupted")  # from 0 to 1
+PARTS = ("lowest_aim",)  # above 0, to 1
 
 
 def recipe_named(name: str, recipes: dict[str, Recipe]) -> Recipe:
@@ -70,8 +71,6 @@ class Recipe:
         below: of the gates that multiply at a site of inputs, those below it are "drawn" as its own is, or "decided": 1
             or 0, as an attribution takes them, so that the site learns without their noise. The KL then trains no gate
             that is open below, and opens shut ones a little.
-        least_drawn: where `draw` is "example", how often a site without any divergence is drawn, of how often one that
-            is at its aim is.
         multiplier: "ascent" is gradient ascent by the optimiser, clamped; "control" is a proportional-integral
             controller of the multiplier's logarithm, see `training.multipliers`; "shared" is that with one multiplier
             for all sites, an ablation.
@@ -104,7 +103,6 @@ class Recipe:
     draw: str = "example"
     credit: str = "own"
     below: str = "drawn"
-    least_drawn: float = 0.1
     multiplier: str = "control"
     initial_multiplier: float = 1.0
     multiplier_rate: float = 0.01
@@ -132,6 +130,9 @@ class Recipe:
         for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number from 0 to 1")
+        for name in PARTS:
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number above 0, of at most 1")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -140,15 +141,12 @@ class Recipe:
 # What the tasks' own settings for inputs have in common: the gates of many sites multiply, of which only those of the
 # upper layers may shut (docs/recipe.md)
 INPUT = Recipe(
-    margin=0.85,
-    initial_margin=1.5,
     corrupted=0.1,
     temperature=0.67,
     standardised=True,
     bias_of="product",
     bound=12.0,
     pull=0.5,
-    pull_by="share",
     gradient="straight",
     multiplier_rate=0.03,
     learning_rate=3e-3,

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from diffmask_fast.training.multipliers import MOST_DRAWN, SMALLEST, Ascent, Control, multipliers_for
+from diffmask_fast.training.multipliers import SMALLEST, URGENCY, Ascent, Control, multipliers_for
 from diffmask_fast.training.recipe import Recipe
 
 RECIPE = Recipe(tolerance=0.5, initial_multiplier=2.0, multiplier_rate=0.1, largest_multiplier=40.0)
@@ -76,13 +76,19 @@ def test_a_lower_site_has_a_smaller_aim_and_pays_for_what_the_deepest_may() -> N
     started = math.log(CONTROL.initial_multiplier)
     moved = multipliers.integral - started
     torch.testing.assert_close(moved, CONTROL.multiplier_rate * torch.tensor([0.75, 0.0, -0.3]), rtol=1e-4, atol=1e-6)
+    assert Control(1, replace(CONTROL, lowest_aim=0.4)).aim.item() == 0.5  # the only site is the deepest
 
 
-@pytest.mark.parametrize("least", [0.1, 0.3])
-def test_a_site_without_divergence_is_still_drawn_and_a_hopeless_one_does_not_take_all(least: float) -> None:
-    multipliers = Control(3, replace(CONTROL, least_drawn=least))
+def test_a_site_without_divergence_is_still_drawn_and_a_hopeless_one_does_not_take_all() -> None:
+    multipliers = Control(3, CONTROL)
     multipliers.average.copy_(torch.tensor([0.0, 0.5, 50.0]))
-    torch.testing.assert_close(multipliers.urgency(), torch.tensor([least, 1.0, MOST_DRAWN]))
+    torch.testing.assert_close(multipliers.urgency(), torch.tensor([URGENCY[0], 1.0, URGENCY[1]]))
+
+
+def test_a_site_that_may_do_little_is_drawn_the_less() -> None:
+    multipliers = Control(3, replace(CONTROL, lowest_aim=0.4))
+    multipliers.average.copy_(multipliers.aim)
+    torch.testing.assert_close(multipliers.urgency(), torch.tensor([0.4, 0.7, 1.0]))
 
 
 def observe(multipliers: Control, divergence: float, steps: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from diffmask_fast.tasks import squad, sst, toy
-from diffmask_fast.training.recipe import CHOICES, OPTIONAL, POSITIVE, SHARES, WHOLE, Recipe
+from diffmask_fast.training.recipe import CHOICES, OPTIONAL, PARTS, POSITIVE, SHARES, WHOLE, Recipe
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -38,6 +38,14 @@ def test_what_is_no_share_is_refused(name: str, value: float) -> None:
     shares: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=f"{name} is {value!r}; expected a number from 0 to 1"):
         Recipe(**shares)
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("value", [0, 1.5, float("nan")])
+def test_what_is_no_part_is_refused(name: str, value: float) -> None:
+    parts: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; expected a number above 0, of at most 1"):
+        Recipe(**parts)
 
 
 def test_every_recipe_can_be_made_again_from_what_a_run_saves() -> None:
