@@ -1,7 +1,8 @@
 """How long our recipe takes to be as good as the published one ever gets, and how long that one took for it.
 
     python bench/time_to_quality.py --folder MODEL --data TRAIN.json --dev DEV.json [--masking input hidden]
-        [--seeds 0 1 2] [--epochs 8] [--ours-epochs 2] [--work FOLDER] [--against FILE] [--limit N] [--json FILE]
+        [--seeds 0 1 2] [--epochs 8] [--recipe steady] [--ours-epochs 2] [--work FOLDER] [--against FILE] [--limit N]
+        [--json FILE]
 
 The quality of a probe: the mean over sites of the share of tokens that it keeps on the questions of DEV, where a site
 whose divergence is over 1.1 times the tolerance counts as 1. Less is better. The published recipe's steps are run by
@@ -39,7 +40,7 @@ from diffmask_fast.probes import Probe
 from diffmask_fast.tasks.squad import RECIPES, read_squad
 from diffmask_fast.training.backbone import multiplies_bfloat16, running_in
 from diffmask_fast.training.evaluation import attribution_metrics
-from diffmask_fast.training.recipe import Recipe
+from diffmask_fast.training.recipe import Recipe, recipe_named
 from diffmask_fast.training.trainer import fresh_probe, train_probe
 
 ALLOWED = 1.1  # times the tolerance
@@ -139,11 +140,11 @@ def row(
 ) -> dict[str, Any]:  # fmt: skip
     """The published recipe's best look, or that of an `earlier` row, and our first one that is as good. Where none is,
     our seconds are those of all of the training, and the speedup None. `folder` keeps the published training."""
-    tolerance = recipes["steady"].tolerance
+    ours = recipes["ours"]
     prices = seconds_of_published_steps(model, examples, masking, seed)
     if earlier is None:
         looks = published_looks(
-            model, examples, dev, masking, mask_token, seed, recipes["published"], tolerance, folder
+            model, examples, dev, masking, mask_token, seed, recipes["published"], ours.tolerance, folder
         )
         steps = min(looks, key=looks.__getitem__)
         aim = round(looks[steps], 4)
@@ -152,12 +153,12 @@ def row(
     found: list[tuple[float, float]] = []
 
     def as_good(look: Look) -> bool:
-        found.append(measured(model, dev, look, tolerance, "steady"))
+        found.append(measured(model, dev, look, ours.tolerance, "ours"))
         return found[-1][0] <= aim
 
-    ours = trained(model, examples, recipes["steady"], masking, mask_token, seed, LOOKS, as_good)
+    taken = trained(model, examples, ours, masking, mask_token, seed, LOOKS, as_good)
     prices += seconds_of_published_steps(model, examples, masking, seed)
-    look, (reached, divergence) = ours[-1], found[-1]
+    look, (reached, divergence) = taken[-1], found[-1]
     seconds_published = steps * statistics.mean(prices)
     return {
         "masking": masking,
@@ -168,7 +169,7 @@ def row(
         "open_published": aim,
         "seconds": round(look.seconds, 1),
         "steps": look.step,
-        "epochs": recipes["steady"].epochs,
+        "epochs": ours.epochs,
         "kl": round(divergence, 4),
         "open": round(reached, 4),
         "speedup": round(seconds_published / look.seconds, 2) if reached <= aim else None,
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("--masking", choices=("input", "hidden"), nargs="+", default=("input", "hidden"))
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--epochs", type=float, default=8.0, help="of the published recipe")
+    parser.add_argument("--recipe", default="steady", help="ours, by its name among the tasks' recipes")
     parser.add_argument("--ours-epochs", type=float, help="instead of ours' own")
     parser.add_argument("--work", help="folder for the published trainings, which go on there when stopped")
     parser.add_argument("--against", help="rows of an earlier run, in whose place published is not trained")
@@ -236,6 +238,10 @@ def main() -> None:
     options = measure.options(str(__doc__), parser)
     if options.device != "cpu":
         raise SystemExit("only the CPU is timed yet: leave --device out")
+    try:
+        chosen = {masking: recipe_named(options.recipe, RECIPES[masking]) for masking in options.masking}
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     homes = begun(options)
     earlier = earlier_rows(options.against) if options.against else {}
     model: Any = load_for(options.folder, "QuestionAnswering")
@@ -245,17 +251,17 @@ def main() -> None:
     )
     rows = []
     for masking in options.masking:
-        published, steady = (RECIPES[masking][name] for name in ("published", "steady"))
+        published, ours = RECIPES[masking]["published"], chosen[masking]
         recipes = {
             "published": replace(published, epochs=options.epochs),
-            "steady": replace(steady, epochs=options.ours_epochs or steady.epochs),
+            "ours": replace(ours, epochs=options.ours_epochs or ours.epochs),
         }
         for seed in options.seeds:
             known = earlier.get((masking, seed))
             found = row(
                 model, train, dev, masking, tokenizer.mask_token_id, seed, recipes, known, homes.get((masking, seed))
             )
-            rows.append(found | {"threads": options.threads})
+            rows.append(found | {"recipe": options.recipe, "threads": options.threads})
             print(*(f"{key} {value}" for key, value in rows[-1].items()), sep=", ", flush=True)
             measure.write_rows(rows, options.json)
 

@@ -40,6 +40,12 @@ class RecipeName(str, Enum):
     published = "published"
 
 
+class QuestionsRecipeName(str, Enum):
+    steady = "steady"
+    decided = "decided"
+    published = "published"
+
+
 class Architecture(str, Enum):
     encoder = "encoder"
     gru = "gru"
@@ -58,6 +64,10 @@ BFloat16 = Annotated[
     ),
 ]
 RecipeOption = Annotated[RecipeName, typer.Option(help="steady: ours. published: the paper's code.")]
+QuestionsRecipeOption = Annotated[
+    QuestionsRecipeName,
+    typer.Option(help="steady: ours. decided: of inputs, low sites drop some too. published: the paper's code."),
+]
 
 
 @train_app.command("toy")
@@ -83,7 +93,7 @@ def train_squad(
     out: Out,
     masking: MaskingOption = Masking.input,
     seed: Seed = 0,
-    recipe: RecipeOption = RecipeName.steady,
+    recipe: QuestionsRecipeOption = QuestionsRecipeName.steady,
     resume: Resume = False,
     bf16: BFloat16 = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many questions of each file.")] = None,

@@ -166,7 +166,10 @@ def check_metrics(metrics: dict, sites: int) -> None:
         assert all(row[name] <= 1 for name in COLUMNS - {"kl", "sampled_kl"})
 
 
-@pytest.mark.parametrize(("recipe", "masking"), [("steady", "input"), ("published", "input"), ("steady", "hidden")])
+@pytest.mark.parametrize(
+    ("recipe", "masking"),
+    [("steady", "input"), ("decided", "input"), ("published", "input"), ("steady", "hidden")],
+)
 def test_a_run_goes_from_questions_to_a_report_and_a_finished_one_is_not_run_again(
     recipe: str, masking: str, questions: Path, qa_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
