@@ -20,7 +20,7 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +209,17 @@ def begun(options: argparse.Namespace) -> dict[tuple[str, int], Path]:
     return homes
 
 
+def chosen_recipes(name: str, maskings: Iterable[str]) -> dict[str, Recipe]:
+    """Ours, by masking; not each has all of them."""
+    chosen = {}
+    for masking in maskings:
+        try:
+            chosen[masking] = recipe_named(name, RECIPES[masking])
+        except ValueError as error:
+            raise SystemExit(f"--recipe for {masking} masking: {error}") from error
+    return chosen
+
+
 def earlier_rows(path: str) -> dict[tuple[str, int], dict[str, Any]]:
     """What `row` takes of each published training in a file of `--against`, by masking and seed."""
     taken = ("published_steps", "open_published")
@@ -238,12 +249,12 @@ def main() -> None:
     options = measure.options(str(__doc__), parser)
     if options.device != "cpu":
         raise SystemExit("only the CPU is timed yet: leave --device out")
-    try:
-        chosen = {masking: recipe_named(options.recipe, RECIPES[masking]) for masking in options.masking}
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    chosen = chosen_recipes(options.recipe, options.masking)
     homes = begun(options)
     earlier = earlier_rows(options.against) if options.against else {}
+    lacking = [(m, s) for m in options.masking for s in options.seeds if options.against and (m, s) not in earlier]
+    if lacking:
+        raise SystemExit(f"--against {options.against} has no row for {lacking}: leave those out, or --against")
     model: Any = load_for(options.folder, "QuestionAnswering")
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     train, dev = (

@@ -147,3 +147,21 @@ def test_a_file_without_such_rows_is_refused_with_what_is_expected(text: str | N
         path.write_text(text)
     with pytest.raises(SystemExit, match=r"--against .*rows\.json: .*rows of masking, seed, published_steps"):
         bench.earlier_rows(str(path))
+
+
+def test_a_recipe_that_a_masking_does_not_have_is_refused_with_those_it_has() -> None:
+    assert bench.chosen_recipes("decided", ["input"]) == {"input": RECIPES["input"]["decided"]}
+    with pytest.raises(SystemExit, match="hidden masking: there is no recipe 'decided'; expected one of steady, publ"):
+        bench.chosen_recipes("decided", ["input", "hidden"])
+
+
+def test_a_file_that_lacks_a_row_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"masking": "input", "seed": 1, "published_steps": 4860, "open_published": 0.929}
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": [row]}))
+    given = {"folder": "none", "data": "none", "dev": "none", "masking": "input", "against": tmp_path / "rows.json"}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["time_to_quality.py", *words, "--seeds", "1", "2"])
+    with pytest.raises(SystemExit, match=r"rows\.json has no row for \[\('input', 2\)\]: leave those out"):
+        bench.main()
