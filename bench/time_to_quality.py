@@ -250,11 +250,11 @@ def main() -> None:
     if options.device != "cpu":
         raise SystemExit("only the CPU is timed yet: leave --device out")
     chosen = chosen_recipes(options.recipe, options.masking)
-    homes = begun(options)
     earlier = earlier_rows(options.against) if options.against else {}
     lacking = [(m, s) for m in options.masking for s in options.seeds if options.against and (m, s) not in earlier]
     if lacking:
         raise SystemExit(f"--against {options.against} has no row for {lacking}: leave those out, or --against")
+    homes = begun(options)
     model: Any = load_for(options.folder, "QuestionAnswering")
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     train, dev = (

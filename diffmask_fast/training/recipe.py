@@ -138,8 +138,7 @@ class Recipe:
         return asdict(self)
 
 
-# What the tasks' own settings for inputs have in common: the gates of many sites multiply, of which only those of the
-# upper layers may shut (docs/recipe.md)
+# What the tasks' own settings for inputs have in common: the gates of many sites multiply (docs/recipe.md)
 INPUT = Recipe(
     corrupted=0.1,
     temperature=0.67,
