@@ -47,7 +47,6 @@ class Contender(NamedTuple):
     precision: str = "float32"
     remembers: bool = False
     attention: bool = False  # ours, in pieces
-    linear: bool = False  # ours, with the bias within the product
 
 
 OURS = (
@@ -55,8 +54,7 @@ OURS = (
     Contender("and predictions remembered", remembers=True),
     Contender("and bfloat16", "bfloat16", remembers=True),
     Contender("and attention in pieces", "bfloat16", remembers=True, attention=True),
-    Contender("and biases within products", "bfloat16", remembers=True, attention=True, linear=True),
-    Contender("all but predictions remembered", "bfloat16", attention=True, linear=True),
+    Contender("all but predictions remembered", "bfloat16", attention=True),
 )
 
 
@@ -163,8 +161,6 @@ def ready(
     stack.enter_context(frozen(model))
     if not contender.attention:
         stack.enter_context(replaced.object(backbone, "_attention_to_restore", lambda *_: None))
-    if not contender.linear:
-        stack.enter_context(replaced.object(backbone.linear, "replaceable", lambda _: ()))
     stack.enter_context(backbone.running_in(model, dtype))
     patched = stack.enter_context(patch(model))
     key = (id(model), masking)

@@ -1,5 +1,5 @@
-"""The frozen model as a training runs it: in another dtype, with the attention and the linear layers that are faster
-there, compiled, or with little kept for backward."""
+"""The frozen model as a training runs it: in another dtype, with the attention that is faster there, compiled, or with
+little kept for backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffmask_fast.training import attention, linear
+from diffmask_fast.training import attention
 
 X86 = ("x86_64", "AMD64")
 
@@ -73,8 +73,7 @@ def running_in(model: Any, dtype: torch.dtype | None) -> Iterator[Any]:
     """The model with parameters of `dtype`, and afterwards with its own again, to the last bit.
 
     Unlike autocast it rounds the weights once and not in every pass. Buffers stay as they are: tables of positions
-    and running statistics lose too much in 16 bits. On a CPU, 16 bits come with an attention that is faster there,
-    and on x86 bfloat16 with linear layers that are.
+    and running statistics lose too much in 16 bits. On a CPU, 16 bits come with an attention that is faster there.
 
     Args:
         model: the frozen model.
@@ -82,21 +81,14 @@ def running_in(model: Any, dtype: torch.dtype | None) -> Iterator[Any]:
     """
     kept = {p: p.data for p in model.parameters() if dtype is not None and p.is_floating_point()}
     own = _attention_to_restore(model, dtype)
-    replaced: list[Any] = []
     try:
         for parameter, value in kept.items():
             parameter.data = value.to(dtype)
         if own is not None:
             attention.register()
             model.set_attn_implementation(attention.NAME)
-        if dtype == torch.bfloat16 and platform.machine() in X86 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            replaced += linear.replaceable(model)
-        for layer in replaced:
-            layer.forward = partial(linear.forward, layer)
         yield model
     finally:
-        for layer in replaced:
-            vars(layer).pop("forward", None)
         for parameter, value in kept.items():
             parameter.data = value
         if own is not None:
