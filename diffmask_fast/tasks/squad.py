@@ -23,11 +23,10 @@ from diffmask_fast.training.backbone import multiplies_bfloat16
 from diffmask_fast.training.recipe import INPUT, PUBLISHED, Recipe, recipe_named
 
 _PUBLISHED = replace(PUBLISHED, warmup_steps=1200, epochs=1)
-_INPUT = replace(INPUT, pull_by="share")
 RECIPES = {
     "input": {
-        "steady": replace(_INPUT, margin=0.85, initial_margin=1.5, epochs=5.0),
-        "decided": replace(_INPUT, margin=0.8, lowest_aim=0.5, below="decided", epochs=4.0),
+        "steady": replace(INPUT, epochs=5.0),
+        "decided": replace(INPUT, margin=0.8, initial_margin=None, lowest_aim=0.5, below="decided", epochs=4.0),
         "published": _PUBLISHED,
     },
     "hidden": {"steady": Recipe(), "published": _PUBLISHED},

@@ -140,12 +140,15 @@ class Recipe:
 
 # What the tasks' own settings for inputs have in common: the gates of many sites multiply (docs/recipe.md)
 INPUT = Recipe(
+    margin=0.85,
+    initial_margin=1.5,
     corrupted=0.1,
     temperature=0.67,
     standardised=True,
     bias_of="product",
     bound=12.0,
     pull=0.5,
+    pull_by="share",
     gradient="straight",
     multiplier_rate=0.03,
     learning_rate=3e-3,
